@@ -1,0 +1,60 @@
+# `make demo` and `make test` need Python >= 3.12 and make, nothing else.
+SHELL := /bin/sh
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+# Extra requirements of the environment, e.g. JAX="jax==0.11.2" for the oldest supported version.
+JAX ?=
+
+.PHONY: help demo test test-slow test-compile check install clean
+
+help:
+	@echo "make demo          train, load, generate on every backend (about two minutes)"
+	@echo "make test          the test suite"
+	@echo "make test-slow     the same with thorough settings"
+	@echo "make test-compile  compile every kernel to SASS, without a GPU"
+	@echo "make check         lint, types, layering"
+
+demo: $(VENV)/installed
+	$(VENV)/bin/jaxattn demo
+
+test: $(VENV)/installed
+	$(PYTHON) -m pytest
+
+test-slow: $(VENV)/installed
+	$(PYTHON) -m pytest -m "slow"
+
+test-compile: $(VENV)/installed-compile
+	$(PYTHON) -m pytest -m "compile"
+
+check: $(VENV)/installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+
+install: $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) demo-output
+
+# The first interpreter that runs and is new enough. A pyenv shim may exist and still not run.
+$(VENV)/bin/python:
+	@for p in python3 python python3.12 python3.13 python3.14; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then \
+	    echo "creating $(VENV) with $$($$p --version)"; exec $$p -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "jaxattn needs Python >= 3.12, and none of python3, python, python3.12-3.14 is one." >&2; \
+	echo "Install one (https://www.python.org/downloads, or: pyenv install 3.12) and run make again." >&2; \
+	exit 1
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(PYTHON) -m pip install --quiet --upgrade "pip>=25.1"
+	$(PYTHON) -m pip install --quiet --editable . --group dev $(JAX)
+	@touch $@
+
+# The compiler must be of the same version as jaxlib.
+$(VENV)/installed-compile: $(VENV)/installed
+	v=$$($(PYTHON) -c 'import jaxlib; print(jaxlib.__version__)'); \
+	$(PYTHON) -m pip install --quiet --group compile "jax-cuda13-plugin==$$v" "jax-cuda13-pjrt==$$v"
+	@touch $@

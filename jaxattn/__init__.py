@@ -1,0 +1,44 @@
+"""Attention over ragged, paged batches: nest once, prepare once, attend on every backend.
+
+batch = nest_sequences(token_ids, page_tables=…, page_size=16)     # host, once per step
+metadata = prepare_metadata(batch, specs)                          # device, once per step
+out = attention(q, cache.k_pages, cache.v_pages, metadata, spec)   # per layer, any backend
+"""
+
+from jaxattn.attention import attention, choose_implementation
+from jaxattn.batch import RaggedBatch, abstract_batch, advance, nest_sequences
+from jaxattn.buckets import Bucket, BucketGrid, powers_of_two, quarter_steps
+from jaxattn.cache import PagedKVCache, PagePool, init_cache, write_cache
+from jaxattn.generate import compute_logits, generate
+from jaxattn.metadata import PAD_SLOT, AttentionMetadata, prepare_metadata
+from jaxattn.models import DecoderConfig, Model, RopeConfig
+from jaxattn.spec import AttentionSpec, WindowClass
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PAD_SLOT",
+    "AttentionMetadata",
+    "AttentionSpec",
+    "Bucket",
+    "BucketGrid",
+    "DecoderConfig",
+    "Model",
+    "PagePool",
+    "PagedKVCache",
+    "RaggedBatch",
+    "RopeConfig",
+    "WindowClass",
+    "abstract_batch",
+    "advance",
+    "attention",
+    "choose_implementation",
+    "compute_logits",
+    "generate",
+    "init_cache",
+    "nest_sequences",
+    "powers_of_two",
+    "prepare_metadata",
+    "quarter_steps",
+    "write_cache",
+]

@@ -1,0 +1,130 @@
+"""`attention()`: check the shapes, choose an implementation, call it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxattn import reference, triton, xla
+from jaxattn.metadata import AttentionMetadata
+from jaxattn.spec import AttentionSpec
+
+IMPLEMENTATIONS = {"reference": reference.attend, "xla": xla.attend, "triton": triton.attend}
+
+_TRITON_DTYPES = ("float32", "bfloat16", "float16")
+_TRITON_MAX_HEAD_DIM = 256
+_TRITON_MIN_CAPABILITY = 8.0
+
+
+class Choice(NamedTuple):
+    """An implementation and why it was chosen."""
+
+    implementation: str
+    reason: str
+
+
+def attention(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"] | Float[Array, "pages page_size K H"],
+    v: Float[Array, "T K H"] | Float[Array, "pages page_size K H"],
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "T N H"]:
+    """Attention of a ragged batch over keys in a paged cache, or packed beside the queries.
+
+    Args:
+        q: Queries of all sequences, packed along one axis.
+        k: Keys: the pages of the cache, this step's keys written already, for a batch nested with
+            page tables; or one key per query token for a batch nested without.
+        v: Values, like the keys.
+        metadata: From `prepare_metadata`, given this layer's spec.
+        spec: The layer.
+        implementation: "auto" (see `choose_implementation`), or one of:
+            "reference", the plain definition in float32;
+            "xla", pure XLA over the tile schedule;
+            "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU.
+
+    Returns:
+        One output per query token, in the dtype of `q`; zero for padding.
+
+    Raises:
+        ValueError: If shapes, dtypes, spec and metadata disagree, or the implementation is unknown.
+        NotImplementedError: If the implementation cannot serve this head size or dtype.
+        KeyError: If the metadata was not prepared for this layer's window class.
+    """
+    _validate(q, k, v, metadata, spec)
+    if implementation == "auto":
+        implementation = choose_implementation(spec, dtype=q.dtype).implementation
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
+    if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype)):
+        raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
+    return IMPLEMENTATIONS[implementation](q, k, v, metadata, spec)
+
+
+def choose_implementation(
+    spec: AttentionSpec, *, dtype: jax.typing.DTypeLike = "float32", platform: str | None = None
+) -> Choice:
+    """Which implementation "auto" stands for, and why.
+
+    The rule: on an NVIDIA GPU of compute capability 8.0 or later the Triton kernel, if it serves
+    the layer's head size and dtype; everywhere else, XLA.
+
+    Args:
+        spec: The layer.
+        dtype: Element type of the queries.
+        platform: "cpu", "gpu" or "tpu"; the default backend where None.
+    """
+    platform = jax.default_backend() if platform is None else platform
+    if platform != "gpu":
+        return Choice("xla", f"the platform is {platform}, and the Triton kernel needs an NVIDIA GPU")
+    if obstacle := _triton_obstacle(spec, dtype) or _device_obstacle():
+        return Choice("xla", f"the Triton kernel cannot serve this layer: {obstacle}")
+    return Choice("triton", "an NVIDIA GPU that the Triton kernel serves")
+
+
+def _names() -> str:
+    *most, last = (repr(name) for name in IMPLEMENTATIONS)
+    return f"{', '.join(most)} or {last}"
+
+
+def _triton_obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike) -> str | None:
+    name = jax.numpy.dtype(dtype).name
+    if name not in _TRITON_DTYPES:
+        return f"dtype {name} is not one of {', '.join(_TRITON_DTYPES)}"
+    if spec.head_dim > _TRITON_MAX_HEAD_DIM:
+        return f"head_dim={spec.head_dim} exceeds {_TRITON_MAX_HEAD_DIM}"
+    return None
+
+
+def _device_obstacle() -> str | None:
+    """Why the present GPU cannot run the kernel; None where it can or where none is present."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is not None and float(capability) < _TRITON_MIN_CAPABILITY:
+        return f"the GPU's compute capability {capability} is below {_TRITON_MIN_CAPABILITY}"
+    return None
+
+
+def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: AttentionSpec) -> None:
+    """Check everything that is known at trace time."""
+    T = metadata.positions.shape[0]
+    if q.shape != (T, spec.num_q_heads, spec.head_dim):
+        raise ValueError(
+            f"q.shape={q.shape}; this batch and spec need {(T, spec.num_q_heads, spec.head_dim)}"
+        )
+    if k.shape != v.shape:
+        raise ValueError(f"k.shape={k.shape} and v.shape={v.shape} must be equal")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
+    heads = (spec.num_kv_heads, spec.head_dim)
+    if metadata.page_size is None:
+        if k.shape != (T, *heads):
+            raise ValueError(
+                f"k.shape={k.shape}; a batch without page tables needs packed keys {(T, *heads)}"
+            )
+    elif k.ndim != 4 or k.shape[1:] != (metadata.page_size, *heads):
+        raise ValueError(f"k.shape={k.shape}; this batch needs pages of shape {(metadata.page_size, *heads)}")

@@ -1,0 +1,142 @@
+"""The paged key/value cache: pages on the device, and the pool that hands them out on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedKVCache:
+    """Keys and values of one layer, in pages. Passed in, returned, and meant to be donated.
+
+    Token s of a page lies at `[page, s]`; its flat slot is `page * page_size + s`.
+
+    Attributes:
+        k_pages: Keys.
+        v_pages: Values.
+    """
+
+    k_pages: Float[Array, "pages page_size K H"]
+    v_pages: Float[Array, "pages page_size K H"]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.k_pages.shape[1]
+
+
+def init_cache(
+    *, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> PagedKVCache:
+    """An empty cache of one layer.
+
+    Args:
+        num_pages: Physical pages.
+        page_size: Tokens per page.
+        num_kv_heads: Key/value heads, K.
+        head_dim: Size of a head, H.
+        dtype: Element type of keys and values.
+    """
+    shape = (num_pages, page_size, num_kv_heads, head_dim)
+    return PagedKVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
+
+
+def write_cache(
+    cache: PagedKVCache,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    slot_mapping: Int32[Array, " T"],
+) -> PagedKVCache:
+    """Write this step's keys and values to their slots. Pure; donate the cache to do it in place.
+
+    Args:
+        cache: The layer's cache.
+        k: Keys, one per query token.
+        v: Values.
+        slot_mapping: Flat slot of each token; an out-of-range positive one is skipped.
+
+    Returns:
+        The cache with the slots written, in the cache's own dtype.
+    """
+
+    def write(pages: Array, rows: Array) -> Array:
+        slots = pages.reshape(-1, *pages.shape[2:])
+        return slots.at[slot_mapping].set(rows.astype(pages.dtype), mode="drop").reshape(pages.shape)
+
+    return PagedKVCache(k_pages=write(cache.k_pages, k), v_pages=write(cache.v_pages, v))
+
+
+class PagePool:
+    """The free pages of a cache, on the host. A page is never handed out twice.
+
+    Args:
+        num_pages: Physical pages of the cache.
+        page_size: Tokens per page.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        if num_pages < 0 or page_size < 1:
+            raise ValueError(f"num_pages={num_pages} must be at least 0 and page_size={page_size} at least 1")
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._owned = np.zeros(num_pages, bool)
+        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack; low pages on top
+        self._num_free = num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can still be allocated."""
+        return self._num_free
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens of one sequence need."""
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, num_tokens: int) -> np.ndarray:
+        """Take the pages for `num_tokens` tokens of one sequence.
+
+        Returns:
+            Their indices, int32, in logical order.
+
+        Raises:
+            MemoryError: If too few pages are free; nothing is taken then.
+            ValueError: If `num_tokens` is negative.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens={num_tokens} must not be negative")
+        n = self.pages_for(num_tokens)
+        if n > self._num_free:
+            raise MemoryError(
+                f"num_tokens={num_tokens} needs {n} pages of {self.page_size} tokens, but {self._num_free} of "
+                f"{self.num_pages} are free; free sequences or make the cache larger"
+            )
+        self._num_free -= n
+        pages = self._free[self._num_free : self._num_free + n][::-1].copy()
+        self._owned[pages] = True
+        return pages
+
+    def free(self, pages: np.ndarray) -> None:
+        """Give pages back.
+
+        Raises:
+            ValueError: If a page is out of range, named twice, or not allocated; nothing is freed then.
+        """
+        pages = np.asarray(pages, np.int32)
+        outside = pages[(pages < 0) | (pages >= self.num_pages)]
+        if outside.size:
+            raise ValueError(f"page {outside[0]} is out of range: the pool has pages 0..{self.num_pages - 1}")
+        if np.unique(pages).size != pages.size:
+            raise ValueError(f"pages={pages.tolist()} names a page twice")
+        if not self._owned[pages].all():
+            raise ValueError(f"page {pages[~self._owned[pages]][0]} is not allocated; was it freed already?")
+        self._owned[pages] = False
+        self._free[self._num_free : self._num_free + pages.size] = pages[::-1]
+        self._num_free += pages.size

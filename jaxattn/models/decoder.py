@@ -1,0 +1,195 @@
+"""The decoder, as pure functions over a plain tree of parameters.
+
+    x = embed[token]
+    x = x + attention(norm(x)) ; x = x + mlp(norm(x))      per layer
+    logits = norm(x) · head
+
+Parameters are a dictionary `{"embed", "layers": (…,), "final_norm"[, "head"]}`; `abstract_params`
+is the single source of its shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jaxattn.attention import attention
+from jaxattn.cache import PagedKVCache, write_cache
+from jaxattn.cache import init_cache as init_layer_cache
+from jaxattn.metadata import AttentionMetadata
+from jaxattn.models.config import DecoderConfig, RopeConfig
+
+Params = dict[str, Any]
+Cache = tuple[PagedKVCache, ...]
+
+
+def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Params:
+    """Shapes and dtypes of the parameters, without any memory behind them."""
+    D, F, N, K, H = (
+        config.hidden_size, config.intermediate_size, config.num_q_heads, config.num_kv_heads, config.head_dim,
+    )  # fmt: skip
+    shapes: Params = {
+        "embed": (config.vocab_size, D),
+        "layers": tuple(
+            {
+                "attention_norm": (D,),
+                "q": (D, N, H),
+                "k": (D, K, H),
+                "v": (D, K, H),
+                "o": (N, H, D),
+                "mlp_norm": (D,),
+                "gate": (D, F),
+                "up": (D, F),
+                "down": (F, D),
+            }
+            for _ in range(config.num_layers)
+        ),
+        "final_norm": (D,),
+    }
+    if not config.tie_embeddings:
+        shapes["head"] = (D, config.vocab_size)
+    is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)  # noqa: E731
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), shapes, is_leaf=is_shape)
+
+
+def init_params(key: Array, config: DecoderConfig, dtype: jax.typing.DTypeLike = "float32") -> Params:
+    """Random parameters: norms of one, matrices with a standard deviation of fan_in ** -0.5."""
+    abstract = abstract_params(config, dtype)
+    leaves, tree = jax.tree.flatten_with_path(abstract)
+
+    def init(key: Array, path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name == "embed":
+            return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+        fan_in = leaf.shape[0] * leaf.shape[1] if name == "o" else leaf.shape[0]
+        return (fan_in**-0.5 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        tree, [init(key, path, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)]
+    )
+
+
+def init_cache(
+    config: DecoderConfig, *, num_pages: int, page_size: int, dtype: jax.typing.DTypeLike
+) -> Cache:
+    """An empty paged cache, one entry per layer; all layers share one page table."""
+    return tuple(
+        init_layer_cache(
+            num_pages=num_pages,
+            page_size=page_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+        )
+        for _ in range(config.num_layers)
+    )
+
+
+def forward(
+    params: Params,
+    config: DecoderConfig,
+    token_ids: Int32[Array, " T"],
+    metadata: AttentionMetadata,
+    cache: Cache | None = None,
+    *,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "T D"], Cache | None]:
+    """Run the decoder over a ragged batch.
+
+    Args:
+        params: The parameters.
+        config: The configuration.
+        token_ids: Packed query tokens.
+        metadata: Prepared for `config.layer_specs()`; shared by all layers.
+        cache: The paged cache, or None to attend among the packed tokens alone.
+        implementation: Of the attention.
+
+    Returns:
+        Final hidden states, after the last norm, and the cache with this step's keys written.
+    """
+    x = params["embed"][token_ids]
+    rotation = rope_tables(config.rope, config.head_dim, metadata.positions)
+    new_cache = []
+    for i, (layer, spec) in enumerate(zip(params["layers"], config.layer_specs(), strict=True)):
+        h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
+        q = rotate(_project("td,dnh->tnh", h, layer["q"]), rotation)
+        k = rotate(_project("td,dkh->tkh", h, layer["k"]), rotation)
+        v = _project("td,dkh->tkh", h, layer["v"])
+        if cache is not None:
+            assert metadata.slot_mapping is not None, "a batch nested without page tables has no cache slots"
+            written = write_cache(cache[i], k, v, metadata.slot_mapping)
+            new_cache.append(written)
+            k, v = written.k_pages, written.v_pages
+        out = attention(q, k, v, metadata, spec, implementation=implementation)
+        x = x + _project("tnh,nhd->td", out, layer["o"])
+        h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
+        gated = jax.nn.silu(_project("td,df->tf", h, layer["gate"])) * _project("td,df->tf", h, layer["up"])
+        x = x + _project("tf,fd->td", gated, layer["down"])
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps), tuple(
+        new_cache
+    ) if cache is not None else None
+
+
+def unembed(params: Params, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
+    """Logits of hidden states, in float32."""
+    head = params["head"] if "head" in params else params["embed"].T
+    return _project("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: Float[Array, "T D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "T D"]:
+    """x / √(mean(x²) + ε) · scale, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * scale[None, :]
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " H/2"]:
+    """Angular frequency of each pair of a head, in radians per token.
+
+    Raises:
+        ValueError: If the kind of scaling is unknown.
+    """
+    frequencies = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    match rope.kind:
+        case "default":
+            return frequencies
+        case "linear":
+            return frequencies / rope.factor
+        case "llama3":
+            # Turns that a frequency makes within the original context decide how far it is slowed.
+            turns = rope.original_max_position * frequencies / (2 * jnp.pi)
+            kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+            kept = jnp.clip(kept, 0.0, 1.0)
+            return kept * frequencies + (1 - kept) * frequencies / rope.factor
+        case _:
+            raise ValueError(f"unknown rope kind={rope.kind!r}; use 'default', 'linear' or 'llama3'")
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, positions: Int32[Array, " T"]
+) -> tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]:
+    """Cosine and sine of each token's angles: once per step, for all layers."""
+    angles = positions[:, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "T heads H"], rotation: tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]
+) -> Float[Array, "T heads H"]:
+    """Rotate the pairs (i, i + H/2) of each head, in float32."""
+    cos, sin = (table[:, None, :] for table in rotation)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _project(equation: str, x: Array, weight: Array, **kwargs: Any) -> Array:
+    # Full float32 products: on a GPU the default for float32 rounds to 10 bits of mantissa.
+    precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, weight, precision=precision, **kwargs)

@@ -1,0 +1,87 @@
+"""The definition of attention over a ragged batch: plain jax.numpy, float32, slow, obviously right.
+
+Keys, wherever they lie, are a flat list in which each has an owner and a position. A token sees a
+key if they belong to the same sequence and the key's position is in the token's visible range.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxattn.metadata import AttentionMetadata
+from jaxattn.schedule import segment_of
+from jaxattn.spec import AttentionSpec, softmax_dtype
+
+
+def attend(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+) -> Float[Array, "T N H"]:
+    """Attend by the definition, with every score of every token and key in memory.
+
+    Computes in float32, or in float64 for float64 inputs. Differentiable.
+
+    Args:
+        q: Queries, packed.
+        k: Keys, packed `[T, K, H]` or in pages `[pages, page_size, K, H]`.
+        v: Values, like the keys.
+        metadata: The batch's metadata.
+        spec: The layer.
+
+    Returns:
+        Outputs in the dtype of `q`; zero for padding.
+    """
+    visible = metadata.visible_keys(spec.window_class)
+    if k.ndim == 4:
+        k, v, owner, position = _live_pages(k, v, metadata)
+    else:
+        owner, position = metadata.token_to_seq, metadata.positions
+    dtype = softmax_dtype(q.dtype)
+    is_live = (owner < metadata.kv_lens.shape[0])[:, None, None]
+    # What nobody owns may hold anything, NaN too, and 0 * NaN is NaN.
+    k, v = jnp.where(is_live, k, 0).astype(dtype), jnp.where(is_live, v, 0).astype(dtype)
+
+    T, N, H = q.shape
+    grouped = q.astype(dtype).reshape(T, spec.num_kv_heads, spec.group_size, H)
+    scores = spec.softmax_scale * jnp.einsum("tkgh,skh->kgts", grouped, k, precision=lax.Precision.HIGHEST)
+    if spec.logits_soft_cap is not None:
+        scores = spec.logits_soft_cap * jnp.tanh(scores / spec.logits_soft_cap)
+    sees = (
+        (metadata.token_to_seq[:, None] == owner[None, :])
+        & (visible.kv_start[:, None] <= position[None, :])
+        & (position[None, :] < visible.kv_end[:, None])
+    )
+    # A finite minimum, not -inf: a padding token sees nothing, and -inf - -inf is NaN.
+    scores = jnp.where(sees, scores, jnp.finfo(dtype).min)
+    weights = jnp.where(sees, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
+    out = jnp.einsum("kgts,skh->tkgh", weights, v, precision=lax.Precision.HIGHEST)
+    return out.reshape(T, N, H).astype(q.dtype)
+
+
+def _live_pages(
+    k_pages: Float[Array, "pages page_size K H"],
+    v_pages: Float[Array, "pages page_size K H"],
+    metadata: AttentionMetadata,
+) -> tuple[Array, Array, Array, Array]:
+    """Keys and values of the pages in use, with each one's owner (R for none) and position."""
+    assert metadata.kv_page_list is not None  # attention() has checked it
+    assert metadata.kv_page_indptr is not None
+    page_size, R = k_pages.shape[1], metadata.kv_lens.shape[0]
+    num_listed = metadata.kv_page_list.shape[0]
+    seq = segment_of(metadata.kv_page_indptr[1:], num_listed)
+    logical_page = jnp.arange(num_listed, dtype=jnp.int32) - metadata.kv_page_indptr[seq]
+    position = logical_page[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None, :]
+    kv_len = jnp.append(metadata.kv_lens, 0)[seq]
+    owner = jnp.where(position < kv_len[:, None], seq[:, None], R)
+
+    def flat(pages: Array) -> Array:
+        return pages[metadata.kv_page_list].reshape(num_listed * page_size, *pages.shape[2:])
+
+    return flat(k_pages), flat(v_pages), owner.reshape(-1), position.reshape(-1)

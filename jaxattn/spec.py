@@ -1,0 +1,94 @@
+"""What one attention layer computes, as a static and hashable description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class WindowClass(NamedTuple):
+    """Which keys a token may see, apart from the bounds of its own sequence.
+
+    Layers of one window class share visible key ranges and tile schedules.
+
+    Attributes:
+        causal: Whether a token sees keys up to its own position only.
+        sliding_window: Number of visible keys, the token's own included, or None for all.
+    """
+
+    causal: bool = True
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Static description of one attention layer.
+
+    The layer computes, for a token at position p with visible keys j,
+
+        out = Σⱼ softmaxⱼ(cap(scale · q·kⱼ)) vⱼ,   cap(x) = c · tanh(x / c), or x without a cap.
+
+    Query head n reads key/value head `n // group_size`.
+
+    Attributes:
+        num_q_heads: Query heads, N.
+        num_kv_heads: Key/value heads, K; a divisor of N. K = N is MHA, K = 1 is MQA.
+        head_dim: Size of a head, H.
+        sliding_window: Visible keys per token, the query's own included (W keys, as Hugging Face
+            and Gemma count; FlashAttention and `jax.nn` count the W - 1 keys to the left).
+            None for no window. Requires `causal`.
+        logits_soft_cap: The cap c, or None.
+        scale: Factor on q·k; `head_dim ** -0.5` where None.
+        causal: Whether a token sees only keys up to its own position.
+
+    Raises:
+        ValueError: If the sizes do not describe a layer.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+    logits_soft_cap: float | None = None
+    scale: float | None = None
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_q_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} must be at least 1 (the query's own key), or None"
+            )
+        if self.sliding_window is not None and not self.causal:
+            raise ValueError("sliding_window needs causal=True: a two-sided window has no agreed meaning")
+        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
+            raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive, or None")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head, G."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on q·k, with its default filled in."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def window_class(self) -> WindowClass:
+        """The part of the description that visible key ranges depend on."""
+        return WindowClass(self.causal, self.sliding_window)
+
+
+def softmax_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype in which scores are summed: float32, or float64 for float64 inputs."""
+    return jnp.dtype("float64") if jnp.dtype(dtype) == jnp.float64 else jnp.dtype("float32")

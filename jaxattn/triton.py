@@ -1,0 +1,70 @@
+"""Attention by the Pallas Triton kernel: the metadata's part for it, as arrays."""
+
+from __future__ import annotations
+
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxattn.metadata import AttentionMetadata
+from jaxattn.schedule import tiling_for
+from jaxattn.spec import AttentionSpec
+from jaxattn_kernels import triton as kernel
+
+
+def attend(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+) -> Float[Array, "T N H"]:
+    """Attend with the kernel: compiled where the program is lowered for CUDA, interpreted elsewhere.
+
+    Args:
+        q: Queries, packed.
+        k: Keys, packed `[T, K, H]` or in pages `[pages, page_size, K, H]`.
+        v: Values, like the keys.
+        metadata: The batch's metadata, with the schedule of this implementation.
+        spec: The layer.
+
+    Returns:
+        Outputs in the dtype of `q`; zero for padding.
+    """
+    tiling = tiling_for("triton", spec)
+    assert tiling is not None
+    visible = metadata.visible_keys(spec.window_class)
+    schedule = visible.schedule(tiling)
+    paged = k.ndim == 4
+    lookup = kernel.KeyLookup(
+        start=metadata.kv_page_indptr if paged else metadata.cu_kv_lens,
+        pages=metadata.kv_page_list if paged else None,
+    )
+    tile_lists = tuple(
+        (kernel.TileArrays(t.seq, t.q_start, t.q_len, t.kv_start, t.kv_end), t.block_q)
+        for t in schedule.lists
+    )
+
+    def run(q: Array, k: Array, v: Array, *, interpret: bool) -> Array:
+        return kernel.ragged_attention(
+            q,
+            k.reshape(-1, *k.shape[-2:]),
+            v.reshape(-1, *v.shape[-2:]),
+            visible.kv_start,
+            visible.kv_end,
+            lookup,
+            tile_lists,
+            page_size=k.shape[1] if paged else None,
+            scale=spec.softmax_scale,
+            logits_soft_cap=spec.logits_soft_cap,
+            windowed=spec.sliding_window is not None,
+            interpret=interpret,
+        )
+
+    # Decided where the program is lowered, not where it is traced: a CPU can export for CUDA.
+    return lax.platform_dependent(
+        q,
+        k,
+        v,
+        cuda=lambda *args: run(*args, interpret=False),
+        default=lambda *args: run(*args, interpret=True),
+    )

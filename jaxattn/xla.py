@@ -1,0 +1,165 @@
+"""Attention in pure XLA over the tile schedule: the default on CPUs, and right on any device.
+
+Two loops, one over the tiles of short and one over those of long queries. A tile walks over the
+blocks of keys that it can see with an online softmax, so the work is that of the live tiles and
+the memory that of one block: no [T, S] array, no padding to the longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jaxattn.metadata import AttentionMetadata, VisibleKeys
+from jaxattn.schedule import Tiles, tiling_for
+from jaxattn.spec import AttentionSpec, softmax_dtype
+
+# Keys per block. Constants, not functions of the bucket: a sum in other blocks has other bits.
+SHORT_BLOCK_K = 512
+LONG_BLOCK_K = 256
+
+# Finite, so that a row that has seen nothing yet has exp(NEG - NEG) = 1 and not NaN.
+NEG = -1e30
+
+
+class _Softmax(NamedTuple):
+    """State of an online softmax: the sum of weighted values, the maximum, the sum of weights."""
+
+    acc: Float[Array, "K R H"]
+    max: Float[Array, "K R"]
+    total: Float[Array, "K R"]
+
+
+def attend(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+) -> Float[Array, "T N H"]:
+    """Attend tile by tile.
+
+    Products take the inputs' dtype and accumulate in float32, or in float64 for float64 inputs.
+
+    Args:
+        q: Queries, packed.
+        k: Keys, packed `[T, K, H]` or in pages `[pages, page_size, K, H]`.
+        v: Values, like the keys.
+        metadata: The batch's metadata, with the schedule of this implementation.
+        spec: The layer.
+
+    Returns:
+        Outputs in the dtype of `q`; zero for padding.
+    """
+    tiling = tiling_for("xla", spec)
+    assert tiling is not None
+    visible = metadata.visible_keys(spec.window_class)
+    schedule = visible.schedule(tiling)
+    slots_of = _slot_lookup(metadata, page_size=k.shape[1] if k.ndim == 4 else None)
+    k, v = k.reshape(-1, *k.shape[-2:]), v.reshape(-1, *v.shape[-2:])
+
+    # Tiles may reach past the last token: their rows lie in padding that is cut off again.
+    T, N, H = q.shape
+    margin = max(tiles.block_q for tiles in schedule.lists)
+    out = jnp.zeros((T + margin, N, H), q.dtype)
+    q = jnp.pad(q, ((0, margin), (0, 0), (0, 0)))
+    for tiles, block_k in zip(schedule.lists, (SHORT_BLOCK_K, LONG_BLOCK_K), strict=False):
+        out = _attend_tiles(out, q, k, v, tiles, visible, spec, block_k=block_k, slots_of=slots_of)
+    return out[:T]
+
+
+def _slot_lookup(
+    metadata: AttentionMetadata, page_size: int | None
+) -> Callable[[Array, Int32[Array, " block_k"]], Int32[Array, " block_k"]]:
+    """The function from a sequence and key positions in it to places on the flat key axis."""
+    if page_size is None:
+        return lambda seq, positions: metadata.cu_kv_lens[seq] + positions
+    indptr, pages = metadata.kv_page_indptr, metadata.kv_page_list
+    assert indptr is not None
+    assert pages is not None
+    return lambda seq, positions: (
+        pages.at[indptr[seq] + positions // page_size].get(mode="clip") * page_size + positions % page_size
+    )
+
+
+def _attend_tiles(
+    out: Float[Array, "Tpad N H"],
+    q: Float[Array, "Tpad N H"],
+    k: Float[Array, "slots K H"],
+    v: Float[Array, "slots K H"],
+    tiles: Tiles,
+    visible: VisibleKeys,
+    spec: AttentionSpec,
+    *,
+    block_k: int,
+    slots_of: Callable,
+) -> Float[Array, "Tpad N H"]:
+    """Write the outputs of one list of tiles into `out`."""
+    block_q, (_, N, H), K, G = tiles.block_q, q.shape, spec.num_kv_heads, spec.group_size
+    dtype = softmax_dtype(q.dtype)
+    margin = q.shape[0] - visible.kv_start.shape[0]
+    row_start, row_end = jnp.pad(visible.kv_start, (0, margin)), jnp.pad(visible.kv_end, (0, margin))
+
+    def rows(array: Array, start: Array) -> Array:
+        return lax.dynamic_slice_in_dim(array, start, block_q)
+
+    def attend_tile(i: Array, out: Array) -> Array:
+        seq, q_start, kv_begin, kv_end = tiles.seq[i], tiles.q_start[i], tiles.kv_start[i], tiles.kv_end[i]
+        in_tile = jnp.arange(block_q) < tiles.q_len[i]
+        # Rows of one key head: block_q tokens times the G heads that share it.
+        q_tile = rows(q, q_start).reshape(block_q, K, G, H).transpose(1, 0, 2, 3).reshape(K, block_q * G, H)
+        first = jnp.repeat(jnp.where(in_tile, rows(row_start, q_start), 0), G)
+        end = jnp.repeat(jnp.where(in_tile, rows(row_end, q_start), 0), G)
+
+        def attend_block(j: Array, state: _Softmax) -> _Softmax:
+            positions = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
+            in_range = (positions >= kv_begin) & (positions < kv_end)
+            slots = slots_of(seq, positions)
+            k_block = k.at[slots].get(mode="clip")
+            # Outside the range lies another sequence's key, or NaN: 0 * NaN is NaN.
+            v_block = jnp.where(in_range[:, None, None], v.at[slots].get(mode="clip"), 0)
+            scores = jnp.einsum("krh,skh->krs", q_tile, k_block, preferred_element_type=dtype)
+            scores = scores * spec.softmax_scale
+            if spec.logits_soft_cap is not None:
+                scores = spec.logits_soft_cap * jnp.tanh(scores / spec.logits_soft_cap)
+            sees = (first[:, None] <= positions[None, :]) & (positions[None, :] < end[:, None])
+            return _update(state, jnp.where(sees[None], scores, NEG), sees, v_block)
+
+        state = _Softmax(
+            acc=jnp.zeros((K, block_q * G, H), dtype),
+            max=jnp.full((K, block_q * G), NEG, dtype),
+            total=jnp.zeros((K, block_q * G), dtype),
+        )
+        state = lax.fori_loop(kv_begin // block_k, (kv_end + block_k - 1) // block_k, attend_block, state)
+        o_tile = state.acc / jnp.where(state.total == 0, 1, state.total)[..., None]
+        o_tile = (
+            o_tile.reshape(K, block_q, G, H).transpose(1, 0, 2, 3).reshape(block_q, N, H).astype(out.dtype)
+        )
+        kept = jnp.where(in_tile[:, None, None], o_tile, rows(out, q_start))
+        return lax.dynamic_update_slice_in_dim(out, kept, q_start, 0)
+
+    return lax.fori_loop(0, tiles.num_attending, attend_tile, out)
+
+
+def _update(
+    state: _Softmax,
+    scores: Float[Array, "K R S"],
+    sees: Array,
+    v_block: Float[Array, "S K H"],
+) -> _Softmax:
+    """One step of the online softmax: rescale what was summed, add a block of keys."""
+    new_max = jnp.maximum(state.max, scores.max(axis=-1))
+    rescale = jnp.exp(state.max - new_max)
+    weights = jnp.where(sees[None], jnp.exp(scores - new_max[..., None]), 0)
+    values = jnp.einsum(
+        "krs,skh->krh", weights.astype(v_block.dtype), v_block, preferred_element_type=scores.dtype
+    )
+    return _Softmax(
+        acc=state.acc * rescale[..., None] + values,
+        max=new_max,
+        total=state.total * rescale + weights.sum(axis=-1),
+    )

@@ -1,0 +1,1 @@
+"""Pallas GPU kernels for ragged attention: arrays in, arrays out."""
