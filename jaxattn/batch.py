@@ -349,13 +349,14 @@ def _check_pages(pages: np.ndarray, counts: np.ndarray, page_size: int, num_page
     if bad.any():
         at = int(bad.argmax())
         raise ValueError(
-            f"page_tables[{rows[at]}] names page {pages[at]}, out of range: expected 0 <= page < num_pages={limit}"
+            f"page_tables[{rows[at]}] names page {pages[at]}, out of range: "
+            f"expected 0 <= page < num_pages={limit}"
         )
     order = np.argsort(pages, kind="stable")
     twice = np.flatnonzero(pages[order[1:]] == pages[order[:-1]])
     if twice.size:
         first, second = order[twice[0]], order[twice[0] + 1]
         raise ValueError(
-            f"page {pages[first]} is owned twice: by page_tables[{rows[first]}] and page_tables[{rows[second]}]; "
-            "every page belongs to one place of one sequence"
+            f"page {pages[first]} is owned twice, by page_tables[{rows[first]}] and page_tables[{rows[second]}]; "
+            "give every sequence pages of its own"
         )

@@ -127,7 +127,7 @@ class PagePool:
         """Give pages back.
 
         Raises:
-            ValueError: If a page is out of range, named twice, or not allocated; nothing is freed then.
+            ValueError: If a page is out of range, named twice or not allocated; nothing is freed then.
         """
         pages = np.asarray(pages, np.int32)
         outside = pages[(pages < 0) | (pages >= self.num_pages)]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from jaxattn.batch import INT32_MAX, RaggedBatch
-from jaxattn.schedule import Tiling, TileSchedule, schedule_tiles, segment_of, tiling_for
+from jaxattn.schedule import TileSchedule, Tiling, schedule_tiles, segment_of, tiling_for
 from jaxattn.spec import AttentionSpec, WindowClass
 
 # The cache slot of a padding token: out of range and *positive*, so that a scatter with

@@ -29,31 +29,31 @@ Cache = tuple[PagedKVCache, ...]
 
 def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Params:
     """Shapes and dtypes of the parameters, without any memory behind them."""
-    D, F, N, K, H = (
-        config.hidden_size, config.intermediate_size, config.num_q_heads, config.num_kv_heads, config.head_dim,
-    )  # fmt: skip
-    shapes: Params = {
-        "embed": (config.vocab_size, D),
-        "layers": tuple(
-            {
-                "attention_norm": (D,),
-                "q": (D, N, H),
-                "k": (D, K, H),
-                "v": (D, K, H),
-                "o": (N, H, D),
-                "mlp_norm": (D,),
-                "gate": (D, F),
-                "up": (D, F),
-                "down": (F, D),
-            }
-            for _ in range(config.num_layers)
-        ),
-        "final_norm": (D,),
+    V, D, F = config.vocab_size, config.hidden_size, config.intermediate_size
+    N, K, H = config.num_q_heads, config.num_kv_heads, config.head_dim
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    layer = {
+        "attention_norm": leaf(D),
+        "q": leaf(D, N, H),
+        "k": leaf(D, K, H),
+        "v": leaf(D, K, H),
+        "o": leaf(N, H, D),
+        "mlp_norm": leaf(D),
+        "gate": leaf(D, F),
+        "up": leaf(D, F),
+        "down": leaf(F, D),
+    }
+    params: Params = {
+        "embed": leaf(V, D),
+        "layers": tuple(dict(layer) for _ in range(config.num_layers)),
+        "final_norm": leaf(D),
     }
     if not config.tie_embeddings:
-        shapes["head"] = (D, config.vocab_size)
-    is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)  # noqa: E731
-    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), shapes, is_leaf=is_shape)
+        params["head"] = leaf(D, V)
+    return params
 
 
 def init_params(key: Array, config: DecoderConfig, dtype: jax.typing.DTypeLike = "float32") -> Params:
@@ -144,7 +144,7 @@ def unembed(params: Params, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
 
 
 def rms_norm(x: Float[Array, "T D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "T D"]:
-    """x / √(mean(x²) + ε) · scale, computed in float32."""
+    """Root-mean-square norm, x / √(mean(x²) + ε) · scale, computed in float32."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype) * scale[None, :]

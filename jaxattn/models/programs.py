@@ -123,7 +123,7 @@ class Programs:
         `NO_STOP_TOKEN`, and returns `(tokens [R, max_new_tokens], how many per row [R], cache)`.
         """
 
-        def decode(params, cache, batch, logits, key, temperature, num_new_tokens, stop_token):  # noqa: ANN001
+        def decode(params, cache, batch, logits, key, temperature, num_new_tokens, stop_token):
             def choose(logits: Array, step: Array) -> Array:
                 return sample(logits, jax.random.fold_in(key, step), temperature, greedy=greedy, top_k=top_k)
 
