@@ -72,7 +72,7 @@ class RaggedBatch:
         return self._get("token_ids")
 
     @property
-    def cu_q_lens(self) -> Int32[Array, " R+1"]:
+    def cu_q_lens(self) -> Int32[Array, " R_plus_1"]:
         """Prefix sums of query lengths, in tokens; the tail repeats the last value."""
         return self._get("cu_q_lens")
 
@@ -82,7 +82,7 @@ class RaggedBatch:
         return self._get("kv_lens")
 
     @property
-    def page_indptr(self) -> Int32[Array, " R+1"]:
+    def page_indptr(self) -> Int32[Array, " R_plus_1"]:
         """Prefix sums of the number of pages that each sequence holds, reserved ones included."""
         return self._get("page_indptr")
 

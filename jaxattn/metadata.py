@@ -89,15 +89,15 @@ class AttentionMetadata:
 
     num_seqs: Int32[Array, ""]
     num_tokens: Int32[Array, ""]
-    cu_q_lens: Int32[Array, " R+1"]
-    cu_kv_lens: Int32[Array, " R+1"]
+    cu_q_lens: Int32[Array, " R_plus_1"]
+    cu_kv_lens: Int32[Array, " R_plus_1"]
     kv_lens: Int32[Array, " R"]
     context_lens: Int32[Array, " R"]
     token_to_seq: Int32[Array, " T"]
     positions: Int32[Array, " T"]
     logits_indices: Int32[Array, " R"]
     slot_mapping: Int32[Array, " T"] | None
-    kv_page_indptr: Int32[Array, " R+1"] | None
+    kv_page_indptr: Int32[Array, " R_plus_1"] | None
     kv_page_list: Int32[Array, " P"] | None
     kv_last_page_lens: Int32[Array, " R"] | None
     visible: tuple[VisibleKeys, ...]
@@ -225,5 +225,5 @@ def _page_fields(
     }
 
 
-def _prefix_sums(lens: Int32[Array, " R"]) -> Int32[Array, " R+1"]:
+def _prefix_sums(lens: Int32[Array, " R"]) -> Int32[Array, " R_plus_1"]:
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lens, dtype=jnp.int32)])

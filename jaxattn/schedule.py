@@ -104,11 +104,14 @@ class TileSchedule:
         return (self.short,) if self.long is None else (self.short, self.long)
 
 
-def segment_of(ends: Int32[Array, " S"], length: int) -> Int32[Array, " {length}"]:
-    """The segment of each index 0..length-1, given ascending segment ends; S past the last end."""
-    # Unrolled: log2(S) gathers that fuse into one GPU kernel, instead of a loop of launches.
-    index = jnp.arange(length, dtype=jnp.int32)
-    return jnp.searchsorted(ends, index, side="right", method="scan_unrolled").astype(jnp.int32)
+def segment_of(ends: Int32[Array, " S"], length: int) -> Int32[Array, " length"]:
+    """The segment of each index 0..length-1, given ascending segment ends; S past the last end.
+
+    It is the number of ends at or before the index: a histogram of the ends, summed up. Linear;
+    a binary search per index costs log(S) gathers, and unrolled takes seconds to compile.
+    """
+    ends_at = jnp.zeros(length, jnp.int32).at[ends].add(1, mode="drop")
+    return jnp.cumsum(ends_at, dtype=jnp.int32)
 
 
 def tile_bound(tokens: int, rows: int, block_q: int, min_q: int = 1) -> int:
@@ -131,7 +134,7 @@ def schedule_tiles(
     bucket: Bucket,
     tiling: Tiling,
     *,
-    cu_q_lens: Int32[Array, " R+1"],
+    cu_q_lens: Int32[Array, " R_plus_1"],
     kv_start: Int32[Array, " T"],
     kv_end: Int32[Array, " T"],
 ) -> TileSchedule:
@@ -150,7 +153,7 @@ def schedule_tiles(
     row_lens = row_ends - cu_q_lens
     is_short = row_lens <= tiling.short_q
 
-    def cut(selected: Bool[Array, " R+1"], block_q: int, num_tiles: int) -> Tiles:
+    def cut(selected: Bool[Array, " R_plus_1"], block_q: int, num_tiles: int) -> Tiles:
         return _cut(cu_q_lens, row_lens, selected, kv_start, kv_end, block_q=block_q, num_tiles=num_tiles)
 
     if bucket.max_q_len <= tiling.short_q or tiling.long_q <= tiling.short_q:
@@ -163,9 +166,9 @@ def schedule_tiles(
 
 
 def _cut(
-    row_starts: Int32[Array, " R+1"],
-    row_lens: Int32[Array, " R+1"],
-    selected: Bool[Array, " R+1"],
+    row_starts: Int32[Array, " R_plus_1"],
+    row_lens: Int32[Array, " R_plus_1"],
+    selected: Bool[Array, " R_plus_1"],
     kv_start: Int32[Array, " T"],
     kv_end: Int32[Array, " T"],
     *,

@@ -150,7 +150,7 @@ def rms_norm(x: Float[Array, "T D"], scale: Float[Array, " D"], eps: float) -> F
     return y.astype(x.dtype) * scale[None, :]
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " H/2"]:
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " half_H"]:
     """Angular frequency of each pair of a head, in radians per token.
 
     Raises:
@@ -174,14 +174,14 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " H/2"]:
 
 def rope_tables(
     rope: RopeConfig, head_dim: int, positions: Int32[Array, " T"]
-) -> tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]:
+) -> tuple[Float[Array, "T half_H"], Float[Array, "T half_H"]]:
     """Cosine and sine of each token's angles: once per step, for all layers."""
     angles = positions[:, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
-    x: Float[Array, "T heads H"], rotation: tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]
+    x: Float[Array, "T heads H"], rotation: tuple[Float[Array, "T half_H"], Float[Array, "T half_H"]]
 ) -> Float[Array, "T heads H"]:
     """Rotate the pairs (i, i + H/2) of each head, in float32."""
     cos, sin = (table[:, None, :] for table in rotation)

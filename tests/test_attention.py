@@ -1,0 +1,294 @@
+"""Every implementation against the definition, and the definition against `jax.nn`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import Problem
+from tolerances import assert_as_good_as
+
+from jaxattn import AttentionSpec, Bucket, attention, choose_implementation, prepare_metadata
+from jaxattn.cases import ODD, Workload, nest_workload
+
+HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
+WINDOWS = (None, 1, 7, 1000)
+SOFT_CAPS = (None, 5.0)
+PAGE_SIZES = (1, 8, 16, 64)
+HEAD_DIMS = (64, 80, 128)
+BACKENDS = ("xla", "triton")
+
+FACTORS = (tuple(HEADS), WINDOWS, SOFT_CAPS, PAGE_SIZES, HEAD_DIMS)
+FULL_MATRIX = list(itertools.product(*FACTORS))
+
+
+def pairs_of(row: tuple) -> set:
+    return {((a, row[a]), (b, row[b])) for a, b in itertools.combinations(range(len(row)), 2)}
+
+
+def covering_selection() -> list[tuple]:
+    """Greedily, a few rows of the full matrix in which every pair of values stands at least once."""
+    missing = set().union(*map(pairs_of, FULL_MATRIX))
+    selection = []
+    while missing:
+        best = max(FULL_MATRIX, key=lambda row: len(pairs_of(row) & missing))
+        selection.append(best)
+        missing -= pairs_of(best)
+    return selection
+
+
+# Long enough for several key blocks of every implementation.
+LONG = Workload("long", (1, 130, 3), (1299, 513, 600), "several key blocks")
+
+
+def make_spec(heads: str, window: int | None, soft_cap: float | None, head_dim: int) -> AttentionSpec:
+    num_q_heads, num_kv_heads = HEADS[heads]
+    return AttentionSpec(
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        sliding_window=window,
+        logits_soft_cap=soft_cap,
+    )
+
+
+@functools.lru_cache(maxsize=8)  # implementations and workloads of one spec share a program
+def compiled_attention(spec: AttentionSpec, implementation: str):
+    return jax.jit(lambda q, k, v, m: attention(q, k, v, m, spec, implementation=implementation))
+
+
+def run_paged(problem: Problem, spec: AttentionSpec, page_size: int, implementation: str, dtype="float32"):
+    """The real rows of paged attention, and the padding rows, as float64."""
+    num_pages = (2600 if problem.workload is LONG else 384) // page_size + 8  # one bucket for all ODD workloads
+    tables, k_pages, v_pages = problem.pages(page_size, num_pages=num_pages)
+    bucket = Bucket(tokens=160, seqs=8, pages=num_pages)
+    batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
+    metadata = prepare_metadata(batch, spec)
+    q = problem.packed(problem.q, bucket.tokens)
+    args = (jnp.asarray(x, dtype) for x in (q, k_pages, v_pages))
+    out = np.asarray(compiled_attention(spec, implementation)(*args, metadata), np.float64)
+    n = sum(problem.workload.q_lens)
+    return out[:n], out[n:]
+
+
+def check_against_reference(heads, window, soft_cap, page_size, head_dim, implementation):
+    spec = make_spec(heads, window, soft_cap, head_dim)
+    for workload in ODD:
+        problem = Problem.draw(workload, spec)
+        plain, _ = run_paged(problem, spec, page_size, "reference")
+        got, padding = run_paged(problem, spec, page_size, implementation)
+        assert_as_good_as(got, plain, problem.expected(spec), jnp.dtype("float32"))
+        np.testing.assert_array_equal(padding, 0)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize(("heads", "window", "soft_cap", "page_size", "head_dim"), covering_selection())
+def test_agrees_with_reference(heads, window, soft_cap, page_size, head_dim, implementation):
+    check_against_reference(heads, window, soft_cap, page_size, head_dim, implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize(("heads", "window", "soft_cap", "page_size", "head_dim"), FULL_MATRIX)
+def test_agrees_with_reference_full_matrix(heads, window, soft_cap, page_size, head_dim, implementation):
+    check_against_reference(heads, window, soft_cap, page_size, head_dim, implementation)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize(("window", "page_size"), [(None, 16), (7, 12), (600, 64), (300, 1)])
+def test_many_key_blocks(window, page_size, implementation):
+    spec = make_spec("gqa", window, None, 64)
+    problem = Problem.draw(LONG, spec)
+    plain, _ = run_paged(problem, spec, page_size, "reference")
+    got, _ = run_paged(problem, spec, page_size, implementation)
+    assert_as_good_as(got, plain, problem.expected(spec), jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_errs_no_more_than_twice_the_plain_path(dtype, implementation):
+    spec = make_spec("gqa", None, None, 64)
+    problem = Problem.draw(ODD[3], spec)
+    exact = problem.expected(spec)
+    got, padding = run_paged(problem, spec, 16, implementation, dtype)
+    plain = np.concatenate([plain_attention(*qkv, spec, dtype) for qkv in zip(problem.q, problem.k, problem.v, strict=True)])
+    assert_as_good_as(got, plain, exact, jnp.dtype(dtype))
+    np.testing.assert_array_equal(padding, 0)
+
+
+def plain_attention(q, k, v, spec: AttentionSpec, dtype: str) -> np.ndarray:
+    """Causal attention of one sequence, every intermediate in `dtype`."""
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    k, v = jnp.repeat(k, spec.group_size, 1), jnp.repeat(v, spec.group_size, 1)
+    scores = jnp.einsum("qnh,knh->nqk", q, k) * jnp.asarray(spec.softmax_scale, dtype)
+    sees = jnp.arange(k.shape[0])[None, :] <= k.shape[0] - q.shape[0] + jnp.arange(q.shape[0])[:, None]
+    weights = jax.nn.softmax(jnp.where(sees[None], scores, -jnp.inf), axis=-1)
+    return np.asarray(jnp.einsum("nqk,knh->qnh", weights, v), np.float64)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_reference_agrees_with_jax_nn(heads, window, page_size):
+    spec = make_spec(heads, window, None, 64)
+    for workload in ODD if page_size else ODD[:1]:
+        problem = Problem.draw(workload, spec)
+        got = run_paged(problem, spec, page_size, "reference")[0] if page_size else run_packed(problem, spec)
+        expected = np.concatenate(
+            [
+                jax_nn_attention(q, k, v, window)[len(k) - len(q) : len(k)]
+                for q, k, v in zip(problem.q, problem.k, problem.v, strict=True)
+            ]
+        )
+        assert_as_good_as(got, expected, problem.expected(spec), jnp.dtype("float32"))
+
+
+def jax_nn_attention(q, k, v, window: int | None, length: int = 256) -> np.ndarray:
+    """`jax.nn` over the whole sequence: zeros stand for earlier queries and pad the end, where causality hides them."""
+    context = len(k) - len(q)
+    q, k, v = (
+        jnp.asarray(np.pad(x, ((before, length - before - len(x)), (0, 0), (0, 0))))
+        for x, before in ((q, context), (k, 0), (v, 0))
+    )
+    # jax.nn counts the keys to the left of the query; we count the query's own as well.
+    local_window_size = None if window is None else (window - 1, 0)
+    out = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True, local_window_size=local_window_size)
+    return np.asarray(out[0], np.float64)
+
+
+def run_packed(problem: Problem, spec: AttentionSpec, implementation: str = "reference") -> np.ndarray:
+    """The real rows of attention over keys packed beside the queries; padding must come out zero."""
+    bucket = Bucket(tokens=160, seqs=8)
+    batch = nest_workload(problem.workload, bucket=bucket)
+    q, k, v = (jnp.asarray(problem.packed(x, bucket.tokens)) for x in (problem.q, problem.k, problem.v))
+    out = np.asarray(compiled_attention(spec, implementation)(q, k, v, prepare_metadata(batch, spec)), np.float64)
+    n = sum(problem.workload.q_lens)
+    np.testing.assert_array_equal(out[n:], 0)
+    return out[:n]
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_keys(causal, implementation):
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=64, causal=causal)
+    problem = Problem.draw(ODD[0], spec)
+    got = run_packed(problem, spec, implementation)
+    assert_as_good_as(got, run_packed(problem, spec), problem.expected(spec), jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+def test_a_larger_bucket_changes_no_bit(implementation):
+    spec = make_spec("gqa", 7, None, 64)
+    problem = Problem.draw(ODD[3], spec)
+    tables, k_pages, v_pages = problem.pages(16)
+    outs = []
+    for bucket in (Bucket(108, 5, 25), Bucket(160, 8, 64), Bucket(256, 200, 128)):
+        batch = nest_workload(problem.workload, page_tables=tables, page_size=16, bucket=bucket)
+        q = problem.packed(problem.q, bucket.tokens)
+        metadata = prepare_metadata(batch, spec)
+        run = compiled_attention(spec, implementation)
+        out = np.asarray(run(jnp.asarray(q), jnp.asarray(k_pages), jnp.asarray(v_pages), metadata))
+        outs.append(out[: sum(problem.workload.q_lens)])
+    if implementation == "reference":  # sums over the whole key axis, whose length is the bucket's
+        np.testing.assert_allclose(outs[0], outs[1], rtol=0, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(outs[0], outs[1])
+        np.testing.assert_array_equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+def test_decode_bucket_equals_general_bucket(implementation):
+    spec = make_spec("gqa", None, None, 64)
+    problem = Problem.draw(ODD[2], spec)
+    tables, k_pages, v_pages = problem.pages(16)
+    outs = []
+    for bucket in (Bucket(8, 8, 32, max_q_len=1), Bucket(8, 8, 32)):
+        batch = nest_workload(problem.workload, page_tables=tables, page_size=16, bucket=bucket)
+        q = problem.packed(problem.q, bucket.tokens)
+        run = compiled_attention(spec, implementation)
+        outs.append(
+            np.asarray(run(jnp.asarray(q), jnp.asarray(k_pages), jnp.asarray(v_pages), prepare_metadata(batch, spec)))
+        )
+    np.testing.assert_array_equal(*outs)
+    np.testing.assert_array_equal(outs[0][5:], 0)
+
+
+class TestValidation:
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16)
+    batch = nest_workload(ODD[0], bucket=Bucket(160, 8))
+    q = jnp.zeros((160, 4, 16))
+    k = jnp.zeros((160, 2, 16))
+
+    def attend(self, q=None, k=None, v=None, spec=None, **kwargs):
+        spec = spec or self.spec
+        q, k = self.q if q is None else q, self.k if k is None else k
+        metadata = kwargs.pop("metadata", None) or prepare_metadata(self.batch, self.spec)
+        return attention(q, k, k if v is None else v, metadata, spec, **kwargs)
+
+    def test_unknown_implementation(self):
+        with pytest.raises(ValueError, match="unknown implementation='x'; use 'auto', 'reference', 'xla' or 'triton'"):
+            self.attend(implementation="x")
+
+    def test_query_shape(self):
+        with pytest.raises(ValueError, match=r"q.shape=\(160, 2, 16\); this batch and spec need \(160, 4, 16\)"):
+            self.attend(q=self.k)
+
+    def test_key_and_value_shapes(self):
+        with pytest.raises(ValueError, match="must be equal"):
+            self.attend(v=self.k[:100])
+
+    def test_packed_keys_for_a_paged_batch(self):
+        problem = Problem.draw(ODD[0], self.spec)
+        tables, _, _ = problem.pages(16)
+        batch = nest_workload(ODD[0], page_tables=tables, page_size=16, bucket=Bucket(160, 8, 32))
+        with pytest.raises(ValueError, match="needs pages of shape"):
+            self.attend(metadata=prepare_metadata(batch, self.spec))
+
+    def test_pages_for_a_packed_batch(self):
+        with pytest.raises(ValueError, match="needs packed keys"):
+            self.attend(k=jnp.zeros((10, 16, 2, 16)))
+
+    def test_dtypes(self):
+        with pytest.raises(ValueError, match="one dtype"):
+            self.attend(k=self.k.astype(jnp.bfloat16))
+
+    def test_window_class_that_was_not_prepared(self):
+        spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, sliding_window=3)
+        with pytest.raises(KeyError, match="sliding_window=3.*was not prepared"):
+            self.attend(spec=spec)
+
+    def test_schedule_that_was_not_prepared(self):
+        metadata = prepare_metadata(self.batch, self.spec, implementations=("triton",))
+        with pytest.raises(KeyError, match="was prepared, only"):
+            self.attend(metadata=metadata, implementation="xla")
+
+    def test_head_dim_that_no_kernel_serves(self):
+        spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=512)
+        q, k = jnp.zeros((160, 4, 512)), jnp.zeros((160, 2, 512))
+        with pytest.raises(NotImplementedError, match="head_dim=512 exceeds 256; use 'xla'"):
+            self.attend(q=q, k=k, spec=spec, metadata=prepare_metadata(self.batch, spec), implementation="triton")
+
+
+class TestChoice:
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=64)
+
+    def test_cpu(self):
+        choice = choose_implementation(self.spec, platform="cpu")
+        assert choice.implementation == "xla"
+        assert "platform is cpu" in choice.reason
+
+    def test_gpu(self):
+        assert choose_implementation(self.spec, platform="gpu").implementation == "triton"
+
+    def test_gpu_with_a_dtype_no_kernel_serves(self):
+        choice = choose_implementation(self.spec, platform="gpu", dtype="float64")
+        assert choice.implementation == "xla"
+        assert "float64" in choice.reason
+
+    def test_auto_is_the_choice(self):
+        problem = Problem.draw(ODD[0], self.spec)
+        np.testing.assert_array_equal(run_packed(problem, self.spec, "auto"), run_packed(problem, self.spec, "xla"))

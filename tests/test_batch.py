@@ -1,0 +1,186 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxattn import Bucket, BucketGrid, advance, nest_sequences, prepare_metadata
+from jaxattn.batch import abstract_batch, field_slices
+from jaxattn.spec import AttentionSpec
+
+BUCKET = Bucket(tokens=12, seqs=4, pages=8)
+SEQUENCES = [[3, 1, 4], [1], [5, 9]]
+TABLES = [[7, 2], [0], [4, 5]]
+PAGED = {"context_lens": [2, 0, 5], "page_tables": TABLES, "page_size": 4, "num_pages": 8}
+
+
+def test_fields():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    np.testing.assert_array_equal(batch.num_seqs, 3)
+    np.testing.assert_array_equal(batch.token_ids, [3, 1, 4, 1, 5, 9, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch.cu_q_lens, [0, 3, 4, 6, 6])
+    np.testing.assert_array_equal(batch.kv_lens, [5, 1, 7, 0])
+    np.testing.assert_array_equal(batch.page_indptr, [0, 2, 3, 5, 5])
+    np.testing.assert_array_equal(batch.page_list, [7, 2, 0, 4, 5, 0, 0, 0])
+
+
+def test_is_one_leaf_of_the_buckets_size():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    (leaf,) = jax.tree.leaves(batch)
+    assert leaf.dtype == jnp.int32
+    assert leaf.shape == jax.tree.leaves(abstract_batch(BUCKET, 4))[0].shape
+    assert leaf.size == 1 + 12 + 5 + 4 + 5 + 8
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [np.array(s) for s in SEQUENCES],
+        [np.array(s, np.uint8) for s in SEQUENCES],
+        [tuple(s) for s in SEQUENCES],
+        [jnp.array(s) for s in SEQUENCES],
+        [SEQUENCES[0], np.array(SEQUENCES[1]), tuple(SEQUENCES[2])],
+    ],
+)
+def test_every_kind_of_sequence(sequences):
+    expected = nest_sequences(SEQUENCES, bucket=BUCKET)
+    chex.assert_trees_all_equal(nest_sequences(sequences, bucket=BUCKET), expected)
+
+
+def test_flat_tokens_with_lengths():
+    flat = nest_sequences(np.concatenate(SEQUENCES), q_lens=[3, 1, 2], bucket=BUCKET)
+    chex.assert_trees_all_equal(flat, nest_sequences(SEQUENCES, bucket=BUCKET))
+
+
+def test_rectangular_arrays():
+    batch = nest_sequences(np.arange(6).reshape(2, 3), page_tables=np.array([[3], [1]]), page_size=4)
+    np.testing.assert_array_equal(batch.token_ids[:6], np.arange(6))
+    np.testing.assert_array_equal(batch.page_list[:2], [3, 1])
+
+
+def test_picks_the_smallest_bucket():
+    assert nest_sequences([[1] * 17], bucket=BucketGrid()).bucket == Bucket(20, 20)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "options", "message"),
+    [
+        ([], {}, "sequences is empty"),
+        (np.empty((0, 3), int), {}, "sequences is empty"),
+        ([[1], []], {}, r"sequences\[1\] has length 0"),
+        ([[1], np.array([])], {}, r"sequences\[1\] has length 0"),
+        ([[1, 2], [3, 11]], {"vocab_size": 11}, r"sequences\[1\]\[1\]=11 is a token id outside the vocabulary.*=11"),
+        ([[1, -2]], {}, r"sequences\[0\]\[1\]=-2 is a token id outside the range of int32"),
+        ([[2**31 + 5]], {}, r"sequences\[0\]\[0\]=2147483653 is a token id outside"),
+        (np.arange(4), {}, "give the length of each sequence as q_lens"),
+        (np.arange(4), {"q_lens": [3]}, "q_lens sum to 3, but sequences holds 4 tokens"),
+        (np.arange(4), {"q_lens": [5, -1]}, r"sequences\[1\] has length -1"),
+        ([[1] * 13], {"bucket": BUCKET}, "tokens=13 exceeds bucket.tokens=12"),
+        ([[1]] * 5, {"bucket": BUCKET}, "seqs=5 exceeds bucket.seqs=4"),
+        ([[1, 2]], {"bucket": Bucket(4, 4, max_q_len=1)}, "max_q_len=2 exceeds bucket.max_q_len=1"),
+        ([[1] * 40000], {}, "tokens=40000 exceeds the grid's largest size"),
+        ([[1, 2]], {"context_lens": [3]}, r"context_lens\[0\]=3 needs a paged cache"),
+    ],
+)
+def test_refuses_sequences(sequences, options, message):
+    with pytest.raises(ValueError, match=message):
+        nest_sequences(sequences, **options)
+
+
+@pytest.mark.parametrize("sequences", [[[1.5, 2.0]], [np.array([1.0])], [[True, False]], [["a"]]])
+def test_refuses_what_is_no_integer(sequences):
+    with pytest.raises(TypeError, match="expected integers"):
+        nest_sequences(sequences)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_lens": [2, 0]}, "context_lens has 2 entries for 3 sequences"),
+        ({"context_lens": [2, -1, 5]}, r"context_lens\[1\]=-1 must not be negative"),
+        ({"context_lens": [2, 0, 2**31 - 2]}, r"context_lens\[2\]=2147483646 plus 2 tokens exceeds int32"),
+        ({"page_size": None}, "page_tables and page_size belong together"),
+        ({"page_tables": None}, "page_tables and page_size belong together"),
+        ({"page_size": 0}, "page_size=0 must be at least 1"),
+        ({"page_tables": TABLES[:2]}, "page_tables has 2 rows for 3 sequences"),
+        ({"page_tables": [[7, 2], [0], [4]]}, r"page_tables\[2\] holds 1 pages of 4 tokens, but.* needs 2 pages"),
+        ({"page_tables": [[7, 8], [0], [4, 5]]}, r"page_tables\[0\] names page 8, out of range.*num_pages=8"),
+        ({"page_tables": [[7, 2], [-1], [4, 5]]}, r"page_tables\[1\] names page -1, out of range"),
+        ({"page_tables": [[7, 2], [0], [4, 7]]}, r"page 7 is owned twice, by page_tables\[0\] and page_tables\[2\]"),
+        ({"page_tables": [[2, 2], [0], [4, 5]]}, r"page 2 is owned twice, by page_tables\[0\] and page_tables\[0\]"),
+    ],
+)
+def test_refuses_pages(changes, message):
+    with pytest.raises(ValueError, match=message):
+        nest_sequences(SEQUENCES, **{**PAGED, **changes}, bucket=BUCKET)
+
+
+def test_advance_appends_one_token():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    step = advance(batch, jnp.array([10, 11, 12, 99], jnp.int32))
+    assert step.bucket == Bucket(4, 4, 8, max_q_len=1)
+    np.testing.assert_array_equal(step.token_ids, [10, 11, 12, 0])
+    np.testing.assert_array_equal(step.cu_q_lens, [0, 1, 2, 3, 3])
+    np.testing.assert_array_equal(step.kv_lens, [6, 2, 8, 0])
+    np.testing.assert_array_equal(step.page_list, batch.page_list)
+
+
+def test_advance_leaves_inactive_rows_quiet():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    step = advance(batch, jnp.array([10, 11, 12, 99], jnp.int32), active=jnp.array([True, False, True, True]))
+    np.testing.assert_array_equal(step.token_ids, [10, 12, 0, 0])
+    np.testing.assert_array_equal(step.cu_q_lens, [0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(step.kv_lens, [6, 1, 8, 0])
+
+
+def test_advance_into_fewer_rows():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    step = advance(batch, jnp.array([10, 11, 12, 99], jnp.int32), bucket=BUCKET.decode(3))
+    np.testing.assert_array_equal(step.kv_lens, [6, 2, 8])
+
+
+@pytest.mark.parametrize("bucket", [Bucket(5, 5, 8), Bucket(4, 4, 9)])
+def test_advance_refuses_a_bucket_that_cannot_follow(bucket):
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    with pytest.raises(ValueError, match="at most the rows and exactly the pages"):
+        advance(batch, jnp.zeros(4, jnp.int32), bucket=bucket)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_advancing_equals_nesting_again(data):
+    """Law 4: any number of device steps, over any page crossings, equals nesting on the host."""
+    page_size = data.draw(st.integers(1, 3))
+    contexts = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    steps = data.draw(st.integers(1, 6))
+    rows = len(contexts)
+    counts = [-(-(c + 1 + steps) // page_size) for c in contexts]
+    pages = np.random.default_rng(0).permutation(sum(counts))
+    paged = {"page_tables": np.split(pages, np.cumsum(counts)[:-1]), "page_size": page_size}
+    bucket = Bucket(4, 4, 48, max_q_len=1)
+    batch = nest_sequences([[1]] * rows, context_lens=contexts, **paged, bucket=bucket)
+    for step in range(1, steps + 1):
+        batch = ADVANCE(batch, jnp.full(4, step, jnp.int32))
+        again = nest_sequences([[step]] * rows, context_lens=[c + step for c in contexts], **paged, bucket=bucket)
+        chex.assert_trees_all_equal(batch, again)
+
+
+ADVANCE = jax.jit(advance)
+
+
+def test_one_trace_per_bucket():
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16)
+    prepare = jax.jit(chex.assert_max_traces(lambda batch: prepare_metadata(batch, spec), n=1))
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        lens = rng.integers(1, 5, rng.integers(1, 5))
+        prepare(nest_sequences([[1] * n for n in lens], bucket=Bucket(20, 5)))
+
+
+def test_the_layout_has_no_gaps():
+    stops = [0]
+    for part in field_slices(BUCKET).values():
+        assert part.start == stops[-1]
+        stops.append(part.stop)

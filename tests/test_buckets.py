@@ -1,0 +1,68 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxattn import Bucket, BucketGrid, powers_of_two, quarter_steps
+
+
+def test_quarter_steps():
+    assert quarter_steps(16, 64) == (16, 20, 24, 28, 32, 40, 48, 56, 64)
+    assert quarter_steps(1, 12) == (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
+    assert len(quarter_steps(16, 32768)) == 45
+    assert quarter_steps(5, 9)[-1] == 9  # the largest is always there, on the grid or not
+
+
+def test_powers_of_two():
+    assert powers_of_two(3, 20) == (4, 8, 16, 20)
+
+
+@given(tokens=st.integers(1, 32768), seqs=st.integers(1, 1024), pages=st.integers(0, 5000))
+def test_the_smallest_that_fits(tokens, seqs, pages):
+    seqs = min(seqs, tokens)
+    grid = BucketGrid()
+    bucket = grid.pick(tokens=tokens, seqs=seqs, pages=pages)
+    bucket.require(tokens=tokens, seqs=seqs, pages=pages, max_q_len=tokens)
+    assert bucket.tokens == min(n for n in grid.tokens if n >= tokens)
+    assert bucket.tokens <= max(16, 1.25 * tokens)
+    assert bucket.seqs == min(bucket.tokens, grid.max_seqs)
+    assert bucket.pages == (min(n for n in grid.pages if n >= pages) if pages else 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tokens": 40000, "seqs": 1}, "tokens=40000 exceeds the grid's largest size 32768"),
+        ({"tokens": 2000, "seqs": 2000}, "seqs=2000 exceeds the grid's max_seqs=1024"),
+        ({"tokens": 1, "seqs": 1, "pages": 1 << 21}, "pages=2097152 exceeds the grid's largest size 1048576"),
+    ],
+)
+def test_nothing_fits(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        BucketGrid().pick(**sizes)
+
+
+def test_require_names_every_excess():
+    with pytest.raises(ValueError, match=r"tokens=9 exceeds bucket.tokens=8; pages=3 exceeds bucket.pages=2"):
+        Bucket(8, 4, 2).require(tokens=9, seqs=4, pages=3, max_q_len=8)
+
+
+def test_decode_bucket():
+    assert Bucket(64, 8, 32).decode() == Bucket(8, 8, 32, max_q_len=1)
+    assert Bucket(64, 8, 32).decode(3) == Bucket(3, 3, 32, max_q_len=1)
+
+
+@pytest.mark.parametrize("sizes", [(4, 5), (4, 0), (4, 2, -1), (4, 2, 0, 5)])
+def test_impossible_buckets(sizes):
+    with pytest.raises(ValueError, match="must"):
+        Bucket(*sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"tokens": ()}, {"pages": (4, 2)}, {"tokens": (0, 1)}, {"max_seqs": 0}])
+def test_impossible_grids(sizes):
+    with pytest.raises(ValueError, match="must be"):
+        BucketGrid(**sizes)
+
+
+def test_impossible_steps():
+    with pytest.raises(ValueError, match="smallest=5 and largest=4"):
+        quarter_steps(5, 4)
