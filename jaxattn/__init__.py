@@ -9,6 +9,7 @@ from jaxattn.attention import attention, choose_implementation
 from jaxattn.batch import RaggedBatch, abstract_batch, advance, nest_sequences
 from jaxattn.buckets import Bucket, BucketGrid, powers_of_two, quarter_steps
 from jaxattn.cache import PagedKVCache, PagePool, init_cache, write_cache
+from jaxattn.checkpoints import CheckpointError, load_model, save_model
 from jaxattn.generate import compute_logits, generate
 from jaxattn.metadata import PAD_SLOT, AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, RopeConfig
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionSpec",
     "Bucket",
     "BucketGrid",
+    "CheckpointError",
     "DecoderConfig",
     "Model",
     "PagePool",
@@ -36,9 +38,11 @@ __all__ = [
     "compute_logits",
     "generate",
     "init_cache",
+    "load_model",
     "nest_sequences",
     "powers_of_two",
     "prepare_metadata",
     "quarter_steps",
+    "save_model",
     "write_cache",
 ]

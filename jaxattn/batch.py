@@ -357,6 +357,6 @@ def _check_pages(pages: np.ndarray, counts: np.ndarray, page_size: int, num_page
     if twice.size:
         first, second = order[twice[0]], order[twice[0] + 1]
         raise ValueError(
-            f"page {pages[first]} is owned twice, by page_tables[{rows[first]}] and page_tables[{rows[second]}]; "
-            "give every sequence pages of its own"
+            f"page {pages[first]} is owned twice, by page_tables[{rows[first]}] and "
+            f"page_tables[{rows[second]}]; give every sequence pages of its own"
         )

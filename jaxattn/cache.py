@@ -115,8 +115,8 @@ class PagePool:
         n = self.pages_for(num_tokens)
         if n > self._num_free:
             raise MemoryError(
-                f"num_tokens={num_tokens} needs {n} pages of {self.page_size} tokens, but {self._num_free} of "
-                f"{self.num_pages} are free; free sequences or make the cache larger"
+                f"num_tokens={num_tokens} needs {n} pages of {self.page_size} tokens, but "
+                f"{self._num_free} of {self.num_pages} are free; free sequences or make the cache larger"
             )
         self._num_free -= n
         pages = self._free[self._num_free : self._num_free + n][::-1].copy()

@@ -63,7 +63,9 @@ def compiled_attention(spec: AttentionSpec, implementation: str):
 
 def run_paged(problem: Problem, spec: AttentionSpec, page_size: int, implementation: str, dtype="float32"):
     """The real rows of paged attention, and the padding rows, as float64."""
-    num_pages = (2600 if problem.workload is LONG else 384) // page_size + 8  # one bucket for all ODD workloads
+    num_pages = (
+        2600 if problem.workload is LONG else 384
+    ) // page_size + 8  # one bucket for all ODD workloads
     tables, k_pages, v_pages = problem.pages(page_size, num_pages=num_pages)
     bucket = Bucket(tokens=160, seqs=8, pages=num_pages)
     batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
@@ -115,7 +117,9 @@ def test_low_precision_errs_no_more_than_twice_the_plain_path(dtype, implementat
     problem = Problem.draw(ODD[3], spec)
     exact = problem.expected(spec)
     got, padding = run_paged(problem, spec, 16, implementation, dtype)
-    plain = np.concatenate([plain_attention(*qkv, spec, dtype) for qkv in zip(problem.q, problem.k, problem.v, strict=True)])
+    plain = np.concatenate(
+        [plain_attention(*qkv, spec, dtype) for qkv in zip(problem.q, problem.k, problem.v, strict=True)]
+    )
     assert_as_good_as(got, plain, exact, jnp.dtype(dtype))
     np.testing.assert_array_equal(padding, 0)
 
@@ -148,7 +152,7 @@ def test_reference_agrees_with_jax_nn(heads, window, page_size):
 
 
 def jax_nn_attention(q, k, v, window: int | None, length: int = 256) -> np.ndarray:
-    """`jax.nn` over the whole sequence: zeros stand for earlier queries and pad the end, where causality hides them."""
+    """`jax.nn` over the whole sequence; zeros stand for earlier queries and pad the end, out of sight."""
     context = len(k) - len(q)
     q, k, v = (
         jnp.asarray(np.pad(x, ((before, length - before - len(x)), (0, 0), (0, 0))))
@@ -156,7 +160,9 @@ def jax_nn_attention(q, k, v, window: int | None, length: int = 256) -> np.ndarr
     )
     # jax.nn counts the keys to the left of the query; we count the query's own as well.
     local_window_size = None if window is None else (window - 1, 0)
-    out = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True, local_window_size=local_window_size)
+    out = jax.nn.dot_product_attention(
+        q[None], k[None], v[None], is_causal=True, local_window_size=local_window_size
+    )
     return np.asarray(out[0], np.float64)
 
 
@@ -165,7 +171,9 @@ def run_packed(problem: Problem, spec: AttentionSpec, implementation: str = "ref
     bucket = Bucket(tokens=160, seqs=8)
     batch = nest_workload(problem.workload, bucket=bucket)
     q, k, v = (jnp.asarray(problem.packed(x, bucket.tokens)) for x in (problem.q, problem.k, problem.v))
-    out = np.asarray(compiled_attention(spec, implementation)(q, k, v, prepare_metadata(batch, spec)), np.float64)
+    out = np.asarray(
+        compiled_attention(spec, implementation)(q, k, v, prepare_metadata(batch, spec)), np.float64
+    )
     n = sum(problem.workload.q_lens)
     np.testing.assert_array_equal(out[n:], 0)
     return out[:n]
@@ -211,7 +219,9 @@ def test_decode_bucket_equals_general_bucket(implementation):
         q = problem.packed(problem.q, bucket.tokens)
         run = compiled_attention(spec, implementation)
         outs.append(
-            np.asarray(run(jnp.asarray(q), jnp.asarray(k_pages), jnp.asarray(v_pages), prepare_metadata(batch, spec)))
+            np.asarray(
+                run(jnp.asarray(q), jnp.asarray(k_pages), jnp.asarray(v_pages), prepare_metadata(batch, spec))
+            )
         )
     np.testing.assert_array_equal(*outs)
     np.testing.assert_array_equal(outs[0][5:], 0)
@@ -230,11 +240,15 @@ class TestValidation:
         return attention(q, k, k if v is None else v, metadata, spec, **kwargs)
 
     def test_unknown_implementation(self):
-        with pytest.raises(ValueError, match="unknown implementation='x'; use 'auto', 'reference', 'xla' or 'triton'"):
+        with pytest.raises(
+            ValueError, match="unknown implementation='x'; use 'auto', 'reference', 'xla' or"
+        ):
             self.attend(implementation="x")
 
     def test_query_shape(self):
-        with pytest.raises(ValueError, match=r"q.shape=\(160, 2, 16\); this batch and spec need \(160, 4, 16\)"):
+        with pytest.raises(
+            ValueError, match=r"q.shape=\(160, 2, 16\); this batch and spec need \(160, 4, 16\)"
+        ):
             self.attend(q=self.k)
 
     def test_key_and_value_shapes(self):
@@ -258,7 +272,7 @@ class TestValidation:
 
     def test_window_class_that_was_not_prepared(self):
         spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, sliding_window=3)
-        with pytest.raises(KeyError, match="sliding_window=3.*was not prepared"):
+        with pytest.raises(KeyError, match=r"sliding_window=3.*was not prepared"):
             self.attend(spec=spec)
 
     def test_schedule_that_was_not_prepared(self):
@@ -270,7 +284,9 @@ class TestValidation:
         spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=512)
         q, k = jnp.zeros((160, 4, 512)), jnp.zeros((160, 2, 512))
         with pytest.raises(NotImplementedError, match="head_dim=512 exceeds 256; use 'xla'"):
-            self.attend(q=q, k=k, spec=spec, metadata=prepare_metadata(self.batch, spec), implementation="triton")
+            self.attend(
+                q=q, k=k, spec=spec, metadata=prepare_metadata(self.batch, spec), implementation="triton"
+            )
 
 
 class TestChoice:
@@ -291,4 +307,6 @@ class TestChoice:
 
     def test_auto_is_the_choice(self):
         problem = Problem.draw(ODD[0], self.spec)
-        np.testing.assert_array_equal(run_packed(problem, self.spec, "auto"), run_packed(problem, self.spec, "xla"))
+        np.testing.assert_array_equal(
+            run_packed(problem, self.spec, "auto"), run_packed(problem, self.spec, "xla")
+        )

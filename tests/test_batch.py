@@ -71,7 +71,11 @@ def test_picks_the_smallest_bucket():
         (np.empty((0, 3), int), {}, "sequences is empty"),
         ([[1], []], {}, r"sequences\[1\] has length 0"),
         ([[1], np.array([])], {}, r"sequences\[1\] has length 0"),
-        ([[1, 2], [3, 11]], {"vocab_size": 11}, r"sequences\[1\]\[1\]=11 is a token id outside the vocabulary.*=11"),
+        (
+            [[1, 2], [3, 11]],
+            {"vocab_size": 11},
+            r"sequences\[1\]\[1\]=11 is a token id outside the vocabulary.*=11",
+        ),
         ([[1, -2]], {}, r"sequences\[0\]\[1\]=-2 is a token id outside the range of int32"),
         ([[2**31 + 5]], {}, r"sequences\[0\]\[0\]=2147483653 is a token id outside"),
         (np.arange(4), {}, "give the length of each sequence as q_lens"),
@@ -105,11 +109,20 @@ def test_refuses_what_is_no_integer(sequences):
         ({"page_tables": None}, "page_tables and page_size belong together"),
         ({"page_size": 0}, "page_size=0 must be at least 1"),
         ({"page_tables": TABLES[:2]}, "page_tables has 2 rows for 3 sequences"),
-        ({"page_tables": [[7, 2], [0], [4]]}, r"page_tables\[2\] holds 1 pages of 4 tokens, but.* needs 2 pages"),
+        (
+            {"page_tables": [[7, 2], [0], [4]]},
+            r"page_tables\[2\] holds 1 pages of 4 tokens, but.* needs 2 pages",
+        ),
         ({"page_tables": [[7, 8], [0], [4, 5]]}, r"page_tables\[0\] names page 8, out of range.*num_pages=8"),
         ({"page_tables": [[7, 2], [-1], [4, 5]]}, r"page_tables\[1\] names page -1, out of range"),
-        ({"page_tables": [[7, 2], [0], [4, 7]]}, r"page 7 is owned twice, by page_tables\[0\] and page_tables\[2\]"),
-        ({"page_tables": [[2, 2], [0], [4, 5]]}, r"page 2 is owned twice, by page_tables\[0\] and page_tables\[0\]"),
+        (
+            {"page_tables": [[7, 2], [0], [4, 7]]},
+            r"page 7 is owned twice, by page_tables\[0\] and page_tables\[2\]",
+        ),
+        (
+            {"page_tables": [[2, 2], [0], [4, 5]]},
+            r"page 2 is owned twice, by page_tables\[0\] and page_tables\[0\]",
+        ),
     ],
 )
 def test_refuses_pages(changes, message):
@@ -163,7 +176,9 @@ def test_advancing_equals_nesting_again(data):
     batch = nest_sequences([[1]] * rows, context_lens=contexts, **paged, bucket=bucket)
     for step in range(1, steps + 1):
         batch = ADVANCE(batch, jnp.full(4, step, jnp.int32))
-        again = nest_sequences([[step]] * rows, context_lens=[c + step for c in contexts], **paged, bucket=bucket)
+        again = nest_sequences(
+            [[step]] * rows, context_lens=[c + step for c in contexts], **paged, bucket=bucket
+        )
         chex.assert_trees_all_equal(batch, again)
 
 

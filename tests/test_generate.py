@@ -100,7 +100,8 @@ def test_top_k_draws_among_the_likeliest(model):
     prompt = [1, 2, 3]
     likeliest = np.argsort(compute_logits(model, [prompt])[0][-1])[-3:]
     drawn = {
-        generate(model, [prompt], 1, temperature=5.0, top_k=3, key=jax.random.key(seed))[0][0] for seed in range(20)
+        generate(model, [prompt], 1, temperature=5.0, top_k=3, key=jax.random.key(seed))[0][0]
+        for seed in range(20)
     }
     assert drawn <= set(likeliest.tolist())
     assert len(drawn) > 1

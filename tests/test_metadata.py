@@ -13,7 +13,11 @@ from jaxattn.spec import WindowClass
 
 BUCKET = Bucket(tokens=40, seqs=6, pages=64)
 HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-SPECS = (AttentionSpec(**HEADS), AttentionSpec(**HEADS, sliding_window=3), AttentionSpec(**HEADS, causal=False))
+SPECS = (
+    AttentionSpec(**HEADS),
+    AttentionSpec(**HEADS, sliding_window=3),
+    AttentionSpec(**HEADS, causal=False),
+)
 
 
 @st.composite
@@ -31,7 +35,11 @@ def paged_batches(draw):
 def nest(case):
     q_lens, contexts, page_size, tables = case
     return nest_sequences(
-        [[1] * n for n in q_lens], context_lens=contexts, page_tables=tables, page_size=page_size, bucket=BUCKET
+        [[1] * n for n in q_lens],
+        context_lens=contexts,
+        page_tables=tables,
+        page_size=page_size,
+        bucket=BUCKET,
     )
 
 
@@ -61,7 +69,12 @@ def test_fields(case):
     slots = [int(tables[s][p // page_size]) * page_size + p % page_size for s, p in tokens]
     equal(m.slot_mapping, slots, PAD_SLOT, T)
     equal(m.kv_page_indptr, np.cumsum([0, *live_pages]), sum(live_pages), R + 1)
-    equal(m.kv_page_list, np.concatenate([t[:k] for t, k in zip(tables, live_pages, strict=True)]), 0, BUCKET.pages)
+    equal(
+        m.kv_page_list,
+        np.concatenate([t[:k] for t, k in zip(tables, live_pages, strict=True)]),
+        0,
+        BUCKET.pages,
+    )
     equal(m.kv_last_page_lens, [(kv - 1) % page_size + 1 for kv in kv_lens] + [1] * len(pad_rows), 1, R)
     for spec, first, end in (
         (SPECS[0], lambda s, p: 0, lambda s, p: p + 1),
@@ -143,7 +156,11 @@ def test_wide_groups_have_one_list():
 
 
 def test_equal_window_classes_are_shared():
-    specs = [AttentionSpec(**HEADS), AttentionSpec(**HEADS, sliding_window=3), AttentionSpec(**HEADS, scale=1.0)]
+    specs = [
+        AttentionSpec(**HEADS),
+        AttentionSpec(**HEADS, sliding_window=3),
+        AttentionSpec(**HEADS, scale=1.0),
+    ]
     batch = nest_sequences([[1] * 9], bucket=BUCKET)
     m = prepare_metadata(batch, specs)
     assert [v.window_class for v in m.visible] == [WindowClass(), WindowClass(sliding_window=3)]

@@ -27,6 +27,7 @@ def assert_as_good_as(got: np.ndarray, plain: np.ndarray, exact: np.ndarray, dty
     """
     got, plain = np.asarray(got, np.float64), np.asarray(plain, np.float64)
     assert np.isfinite(got).all(), "the result is not finite"
-    bound = FACTOR * np.abs(plain - exact).max() + ROUNDINGS * float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+    rounding = float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+    bound = FACTOR * np.abs(plain - exact).max() + ROUNDINGS * rounding
     error = np.abs(got - exact).max()
     assert error <= bound, f"error {error:.2e} exceeds {bound:.2e}"

@@ -1,0 +1,166 @@
+"""The command line: demo, generate, logits, info.
+
+An error is one line on standard error and exit status 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jaxlib
+import numpy as np
+
+import jaxattn
+from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
+from jaxattn.checkpoints import load_model
+from jaxattn.demo import run_demo
+from jaxattn.generate import DEFAULT_PAGE_SIZE, compute_logits, generate
+from jaxattn.spec import AttentionSpec
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The words after the program's name.
+
+    Returns:
+        The exit status: 0, or 2 after an error.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except Exception as error:
+        if options.debug:
+            raise
+        message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        print(f"jaxattn: error: {message or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxattn", description=jaxattn.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"jaxattn {jaxattn.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", _demo, "train, save, load and generate on every backend")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="folder for checkpoint and picture"
+    )
+
+    generate_ = _command(commands, "generate", _generate, "continue prompts with a checkpoint")
+    _add_model_options(generate_)
+    generate_.add_argument("--max-new-tokens", type=int, required=True, help="tokens to add to each prompt")
+    generate_.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    generate_.add_argument("--top-k", type=int, help="draw among this many likeliest tokens")
+    generate_.add_argument("--seed", type=int, default=0, help="of the random draws")
+    generate_.add_argument("--stop-token-id", type=int, help="a sequence ends with this token")
+    generate_.add_argument("--page-size", type=int, default=DEFAULT_PAGE_SIZE, help="tokens per cache page")
+    generate_.add_argument("--json", action="store_true", help="print one JSON object")
+
+    logits = _command(commands, "logits", _logits, "write the logits of every token of every prompt")
+    _add_model_options(logits)
+    logits.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.npz", help="arrays logits_0, logits_1, …"
+    )
+
+    info = _command(commands, "info", _info, "versions, devices, and the implementation that auto chooses")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _command(commands, name: str, function, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(command=function)
+    return command
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder of a Flax checkpoint with its config.json")
+    parser.add_argument(
+        "--prompt-ids",
+        action="append",
+        required=True,
+        metavar="IDS",
+        help='token ids of one prompt, such as "1 5 9"; once per prompt',
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
+    parser.add_argument("--implementation", default="auto", choices=("auto", *IMPLEMENTATIONS))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    run_demo(options.out)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompts = _prompts(options.prompt_ids)
+    model = load_model(options.path, dtype=options.dtype)
+    tokens = generate(
+        model,
+        prompts,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        key=jax.random.key(options.seed),
+        stop_token_id=options.stop_token_id,
+        implementation=options.implementation,
+        page_size=options.page_size,
+    )
+    if options.json:
+        print(json.dumps({"tokens": tokens}))
+        return
+    for i, new in enumerate(tokens):
+        print(f"{i}: {' '.join(map(str, new))}")
+
+
+def _logits(options: argparse.Namespace) -> None:
+    prompts = _prompts(options.prompt_ids)
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist; create it")
+    model = load_model(options.path, dtype=options.dtype)
+    logits = compute_logits(model, prompts, implementation=options.implementation)
+    with options.out.open("wb") as file:  # an open file, since savez would append to the name
+        np.savez(file, **{f"logits_{i}": array for i, array in enumerate(logits)})
+    print(f"wrote {len(logits)} arrays to {options.out}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    spec = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128)
+    choice = choose_implementation(spec, dtype="bfloat16")
+    facts = {
+        "jaxattn": jaxattn.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        "implementation": choice.implementation,
+        "reason": choice.reason,
+    }
+    if options.json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        print(f"{name:15} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _prompts(texts: Sequence[str]) -> list[list[int]]:
+    prompts = []
+    for i, text in enumerate(texts):
+        words = text.replace(",", " ").split()
+        try:
+            prompts.append([int(word) for word in words])
+        except ValueError:
+            raise ValueError(
+                f"--prompt-ids {text!r} (prompt {i}) must be integers separated by spaces"
+            ) from None
+        if not words:
+            raise ValueError(f"--prompt-ids {text!r} (prompt {i}) is empty; give at least one token id")
+    return prompts
