@@ -75,14 +75,8 @@ def run_demo(out: Path, *, train_steps: int = TRAIN_STEPS) -> None:
         RuntimeError: If two implementations disagree.
     """
     console = Console(soft_wrap=True)
-    checkpoint = out / f"checkpoint-{train_steps}"
-    documents = standard_library_functions()
-    held_out, documents = documents[:1], documents[1:]
-    if checkpoint.is_dir():
-        console.print(f"[bold]1. Train:[/] reusing {checkpoint}; delete it to train again")
-    else:
-        _train_and_save(console, checkpoint, documents, train_steps)
-
+    held_out, *documents = standard_library_functions()
+    checkpoint = trained_checkpoint(console, out, documents, train_steps)
     started = time.perf_counter()
     model = load_model(checkpoint)
     num_params = sum(x.size for x in jax.tree.leaves(model.params))
@@ -90,7 +84,7 @@ def run_demo(out: Path, *, train_steps: int = TRAIN_STEPS) -> None:
         f"[bold]2. Load:[/] {num_params / 1e6:.2f} M parameters, {model.programs.dtype}, "
         f"in {time.perf_counter() - started:.1f} s"
     )
-    prompts = [b"d", b"def __init__(self", b"    if not isinstance(", bytes(held_out[0][:200])]
+    prompts = [b"d", b"def __init__(self", b"    if not isinstance(", bytes(held_out[:200])]
     prompts = [np.frombuffer(prompt, np.uint8) for prompt in prompts]
     batch, metadata = _show_batch(console, prompts)
     picture = out / "schedule.png"
@@ -145,10 +139,25 @@ def next_token_loss(params: Params, batch: RaggedBatch) -> Float[Array, ""]:
         unembed(params, hidden), jnp.roll(batch.token_ids, -1)
     )
     has_successor = jnp.arange(batch.bucket.tokens) + 1 < batch.cu_q_lens[1:][metadata.token_to_seq]
-    return jnp.where(has_successor, losses, 0).sum() / has_successor.sum()
+    return losses.mean(where=has_successor)
 
 
-def _train_and_save(console: Console, checkpoint: Path, documents: list[np.ndarray], steps: int) -> None:
+def trained_checkpoint(console: Console, out: Path, documents: list[np.ndarray], steps: int) -> Path:
+    """The checkpoint of a trained decoder: one that is in `out` already, or a new one."""
+    checkpoint = out / f"checkpoint-{steps}"
+    if checkpoint.is_dir():
+        console.print(f"[bold]1. Train:[/] reusing {checkpoint}; delete it to train again")
+        return checkpoint
+    params = _train(console, documents, steps)
+    unfinished = checkpoint.with_name(checkpoint.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was interrupted
+    save_model(unfinished, Model.from_params(CONFIG, params))
+    unfinished.rename(checkpoint)
+    console.print(f"   saved as an Orbax checkpoint: {checkpoint}")
+    return checkpoint
+
+
+def _train(console: Console, documents: list[np.ndarray], steps: int) -> Params:
     total = sum(map(len, documents))
     console.print(
         f"[bold]1. Train:[/] {len(documents)} functions of the standard library, {total / 1e6:.2f} MB"
@@ -175,11 +184,7 @@ def _train_and_save(console: Console, checkpoint: Path, documents: list[np.ndarr
     start, end = np.mean(losses[:5]), np.mean(losses[-20:])
     seconds = time.perf_counter() - started
     console.print(f"   loss {start:.2f} -> {end:.2f} nats per byte in {steps} steps and {seconds:.0f} s")
-    unfinished = checkpoint.with_name(checkpoint.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was interrupted
-    save_model(unfinished, Model.from_params(CONFIG, params))
-    unfinished.rename(checkpoint)
-    console.print(f"   saved as an Orbax checkpoint: {checkpoint}")
+    return params
 
 
 def _show_batch(console: Console, prompts: list[np.ndarray]) -> tuple[RaggedBatch, AttentionMetadata]:

@@ -1,0 +1,24 @@
+"""Flax checkpoints of Llama-family decoders: found, checked against their config, and loaded.
+
+model = load_model("path/to/checkpoint", dtype="bfloat16")
+
+Two formats are read: Hugging Face's Flax files (`flax_model.msgpack`, sharded or not) and Orbax
+checkpoints of a Linen parameter tree, each beside a `config.json`. What a config means is what
+Hugging Face's torch models compute from it. Names and shapes are compared with the config before
+any weight is read, and every disagreement is reported in one error.
+"""
+
+from jaxattn.checkpoints.errors import CheckpointError
+from jaxattn.checkpoints.hf_config import config_from_dict, config_to_dict, load_config
+from jaxattn.checkpoints.load import load_model, load_params
+from jaxattn.checkpoints.save import save_model
+
+__all__ = [
+    "CheckpointError",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "load_model",
+    "load_params",
+    "save_model",
+]

@@ -1,0 +1,186 @@
+"""Loading: find, compare, then read and convert while programs compile."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxattn.checkpoints.convert import lower_converter
+from jaxattn.checkpoints.errors import CheckpointError
+from jaxattn.checkpoints.hf_config import read_config
+from jaxattn.checkpoints.locate import Location, locate
+from jaxattn.checkpoints.mapping import HEAD, Leaf, Plan, match
+from jaxattn.checkpoints.weights import Weights
+from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.models.decoder import Params
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Weights that fit their config, and have not been read yet.
+
+    Attributes:
+        weights: Where they are.
+        plan: What becomes of them.
+        dtype: Of the parameters.
+        converter: The program that makes parameters of them.
+    """
+
+    weights: Weights
+    plan: Plan
+    dtype: jnp.dtype
+    converter: jax.stages.Lowered
+
+    def read(self) -> Params:
+        """Read the weights and convert them. This can be done once."""
+        stored = self.weights.read(set(self.plan.sources.values()))
+        return self.converter.compile()(stored)
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    config: DecoderConfig | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Params:
+    """Load the parameters of a checkpoint.
+
+    Args:
+        path: A folder that holds a checkpoint, or the very `.msgpack` file or Orbax folder.
+        config: The decoder; read from the checkpoint's config.json where None.
+        dtype: Of the parameters: "float32", "bfloat16" or "float16". None keeps the stored dtype;
+            where dtypes are mixed, all leaves are brought to that of the embedding.
+
+    Returns:
+        Parameters as `forward` takes them, on the device. They have a head even where the config
+        ties it to the embedding, if one is stored.
+
+    Raises:
+        ValueError: If `dtype` is none of these.
+        CheckpointError: If there is no one checkpoint at the path, a file is damaged, or weights
+            and config do not fit.
+
+    Warns:
+        UserWarning: If the config ties the head to the embedding, but a different one is stored.
+    """
+    checkpoint = open_checkpoint(path, config, dtype=dtype)
+    params = checkpoint.read()
+    _warn_of_other_head(checkpoint.plan, params)
+    return params
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    precompile: Callable[[Programs], None] | None = None,
+) -> Model:
+    """Load a checkpoint as a model.
+
+    Args:
+        path: A folder that holds a checkpoint, or the very `.msgpack` file or Orbax folder.
+        dtype: Of the parameters: "float32", "bfloat16" or "float16". None keeps the stored dtype;
+            where dtypes are mixed, all leaves are brought to that of the embedding.
+        precompile: Called with the model's programs while the weights are being read, to compile
+            those that will be needed: shapes are known before.
+
+    Returns:
+        The model. Its config has an untied head if one is stored.
+
+    Raises:
+        ValueError: If `dtype` is none of these.
+        CheckpointError: If there is no one checkpoint at the path, a file is damaged, or weights
+            and config do not fit.
+
+    Warns:
+        UserWarning: If the config ties the head to the embedding, but a different one is stored.
+    """
+    checkpoint = open_checkpoint(path, dtype=dtype)
+    config = checkpoint.plan.config
+    programs = Programs(config, checkpoint.dtype)
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        reading = reader.submit(checkpoint.read)
+        if precompile is not None:
+            # Here rather than in the thread, so that JAX's context managers around the call hold.
+            precompile(programs)
+        params = reading.result()
+    _warn_of_other_head(checkpoint.plan, params)
+    return Model(config, params, programs)
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    config: DecoderConfig | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Checkpoint:
+    """Find a checkpoint and compare its names and shapes with its config.
+
+    Args:
+        path: As of `load_params`.
+        config: As of `load_params`.
+        dtype: As of `load_params`.
+
+    Raises:
+        ValueError: If `dtype` is not one to load in.
+        CheckpointError: If there is nothing at the path that fits.
+    """
+    wanted = None if dtype is None else _check_dtype(dtype)
+    location = locate(path)
+    config = read_config(location.find_config()) if config is None else config
+    weights = open_weights(location)
+    leaves = weights.leaves
+    plan = match(leaves, config)
+    wanted = _stored_dtype(leaves[plan.sources["embed"]]) if wanted is None else wanted
+    return Checkpoint(weights, plan, wanted, lower_converter(plan, leaves, wanted))
+
+
+def open_weights(location: Location) -> Weights:
+    """Open weights in the format they are in.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    # Imported here, as Orbax takes 0.6 s and Flax 0.4 s of a session's start, `import jaxattn` 1 s,
+    # and many sessions load nothing.
+    if location.is_orbax:
+        from jaxattn.checkpoints.orbax_weights import open_orbax
+
+        return open_orbax(location.weights)
+    from jaxattn.checkpoints.msgpack_weights import open_msgpack
+
+    return open_msgpack(location.weights)
+
+
+def _check_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} cannot be loaded in; use one of {', '.join(map(repr, DTYPES))}")
+    return jnp.dtype(name)
+
+
+def _stored_dtype(embedding: Leaf) -> jnp.dtype:
+    if embedding.dtype not in DTYPES:
+        raise CheckpointError(f"the embedding is stored as {embedding.dtype}; give dtype='float32'")
+    return jnp.dtype(embedding.dtype)
+
+
+def _warn_of_other_head(plan: Plan, params: Params) -> None:
+    if plan.overrules_tie and not (params[HEAD] == params["embed"].T).all():
+        warnings.warn(
+            "tie_word_embeddings is true, but the checkpoint stores a head that is not the embedding; "
+            "the stored head is used",
+            UserWarning,
+            stacklevel=3,
+        )

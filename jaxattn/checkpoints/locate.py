@@ -1,0 +1,156 @@
+"""Where in a user's folder the weights and the config are, told from file names alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxattn.checkpoints.errors import CheckpointError
+
+MSGPACK = "flax_model.msgpack"
+MSGPACK_INDEX = "flax_model.msgpack.index.json"
+ORBAX_METADATA = "_METADATA"
+CONFIG = "config.json"
+
+# A file of an Orbax folder; the second alone tells of one whose save was never finished.
+_ORBAX_FILES = (ORBAX_METADATA, "manifest.ocdbt")
+# Parts of an Orbax folder that look like one, as each process leaves its own.
+_ORBAX_INNER = "ocdbt.process_"
+# Where a CheckpointManager puts the weights among other items of a step, the likeliest first.
+_STEP_ITEMS = ("default", "state", "params", "items")
+
+_REFUSED = {
+    ".safetensors": "safetensors files are not supported yet; save the model with Flax or Orbax",
+    ".bin": "PyTorch's format is pickle, which runs code when opened; save the model with Flax or Orbax",
+}
+_REFUSED |= dict.fromkeys((".pt", ".pth", ".pkl", ".pickle", ".ckpt"), _REFUSED[".bin"])
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Weights that were found.
+
+    Attributes:
+        given: The path that the user gave.
+        weights: A `.msgpack` file, a `.msgpack.index.json` file, or an Orbax folder.
+    """
+
+    given: Path
+    weights: Path
+
+    @property
+    def is_orbax(self) -> bool:
+        """Whether the weights are an Orbax folder; a msgpack file otherwise."""
+        return self.weights.is_dir()
+
+    def find_config(self) -> Path:
+        """The config.json that belongs to the weights.
+
+        It is looked for in the given folder, then beside the weights and upwards to the given
+        folder, then in the given folder's parent.
+
+        Raises:
+            CheckpointError: If there is none.
+        """
+        folders = self._config_folders()
+        for folder in folders:
+            if (folder / CONFIG).is_file():
+                return folder / CONFIG
+        raise CheckpointError(
+            f"no {CONFIG} for the weights {self.weights}; looked in "
+            + ", ".join(map(str, folders))
+            + self._config_hint(folders[-1])
+        )
+
+    def _config_folders(self) -> list[Path]:
+        if self.given.is_file():
+            return [self.given.parent]
+        beside = self.weights if self.is_orbax else self.weights.parent
+        upwards = [folder for folder in (beside, *beside.parents) if folder.is_relative_to(self.given)]
+        return list(dict.fromkeys([self.given, *upwards, self.given.parent]))
+
+    @staticmethod
+    def _config_hint(highest: Path) -> str:
+        above = highest.parent
+        if not (above / CONFIG).is_file():
+            return ""
+        what = f"{highest} is a step folder; its parent" if highest.name.isdigit() else f"{above}"
+        return f". {what} holds a {CONFIG}: give {str(above)!r}"
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """An absolute path that exists.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    found = Path(path).expanduser().absolute()
+    if not found.exists():
+        raise CheckpointError(f"{found} does not exist")
+    return found
+
+
+def locate(path: str | os.PathLike[str]) -> Location:
+    """Find the weights at a path.
+
+    Args:
+        path: A folder with the weights in one of the places where Flax, Orbax and their users put
+            them, or the very file or Orbax folder.
+
+    Raises:
+        CheckpointError: If there are none, more than one, or none in a format that is read.
+    """
+    given = as_path(path)
+    found = [given] if given.is_file() else _candidates(given)
+    if len(found) > 1:
+        listed = "\n".join(f"  {candidate}" for candidate in found)
+        raise CheckpointError(f"{given} holds more than one checkpoint; give the path of one:\n{listed}")
+    if not found or not _is_readable(found[0]):
+        raise CheckpointError(_why_nothing(given))
+    return Location(given, found[0])
+
+
+def _is_readable(path: Path) -> bool:
+    return path.is_dir() or path.name.endswith((".msgpack", ".msgpack.index.json"))
+
+
+def _is_orbax(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _ORBAX_FILES)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Every checkpoint that a folder may mean."""
+    if _is_orbax(folder):
+        return [folder, *_msgpack_files(folder)]
+    children = sorted(child for child in folder.iterdir() if child.is_dir())
+    found = [child for child in children if _is_orbax(child) and not child.name.startswith(_ORBAX_INNER)]
+    steps = [child for child in children if child.name.isdigit() and child not in found]
+    newest = max(steps, key=lambda step: int(step.name), default=None)
+    if newest is not None:
+        found.extend(_step_candidates(newest))
+    elif len(found) > 1 and all(child.name.isdigit() for child in found):
+        found = [max(found, key=lambda step: int(step.name))]
+    return found + _msgpack_files(folder)
+
+
+def _step_candidates(step: Path) -> list[Path]:
+    preferred = [step / name for name in _STEP_ITEMS if _is_orbax(step / name)]
+    return preferred[:1] or _candidates(step)
+
+
+def _msgpack_files(folder: Path) -> list[Path]:
+    return [folder / name for name in (MSGPACK, MSGPACK_INDEX) if (folder / name).is_file()]
+
+
+def _why_nothing(given: Path) -> str:
+    names = [given.name] if given.is_file() else sorted(child.name for child in given.iterdir())
+    if not names:
+        return f"{given} is an empty folder"
+    for suffix, reason in _REFUSED.items():
+        if any(name.endswith(suffix) for name in names):
+            return f"cannot load {given}: {reason}"
+    return (
+        f"no checkpoint at {given}; looked for {MSGPACK}, {MSGPACK_INDEX}, and an Orbax folder (one with "
+        f"{ORBAX_METADATA}) there, in its folders, and in the newest of its numbered steps"
+    )

@@ -1,0 +1,63 @@
+"""Saving, in the form that Hugging Face's Flax models have as an Orbax checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxattn.checkpoints.errors import CheckpointError
+from jaxattn.checkpoints.hf_config import config_to_dict
+from jaxattn.checkpoints.locate import CONFIG
+from jaxattn.checkpoints.mapping import LLAMA, Layout, expand, leaf_name
+from jaxattn.models import DecoderConfig, Model
+from jaxattn.models.decoder import Params
+
+
+def save_model(path: str | os.PathLike[str], model: Model) -> None:
+    """Write a checkpoint that `load_model` reads back, bit by bit.
+
+    It consists of `config.json` and of an Orbax folder `params`, whose leaves are named and shaped
+    as in Hugging Face's FlaxLlama. A tied head is not written.
+
+    Args:
+        path: A folder that does not exist yet, or is empty.
+        model: The model.
+
+    Raises:
+        CheckpointError: If there is something at the path, or the config cannot be written. In
+            either case nothing has been written.
+    """
+    from jaxattn.checkpoints.orbax_weights import write_orbax  # slow to import; see load.py
+
+    folder = Path(path).expanduser().absolute()
+    config = json.dumps(config_to_dict(model.config), indent=2)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an empty folder; nothing is written over")
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = stored_tree(model.params, model.config)
+    write_orbax(folder / "params", tree)
+    (folder / CONFIG).write_text(config + "\n")
+
+
+def stored_tree(params: Params, config: DecoderConfig) -> dict[str, Any]:
+    """The decoder's parameters as the nested tree that FlaxLlama has."""
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    rows = expand(LLAMA, config)
+    layouts = {name: Layout.of(row, config) for name, row in rows.items()}
+    convert = jax.jit(lambda leaves: {name: layouts[name].to_stored(leaves[name]) for name in rows})
+    return _nest({rows[name].source: array for name, array in convert(leaves).items()})
+
+
+def _nest(leaves: dict[str, jax.Array]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,336 @@
+"""Loaded models against a dense NumPy Llama, over formats, dialects and places."""
+
+import asyncio
+import copy
+import dataclasses
+import json
+import threading
+
+import dense_llama
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_checkpoints as tiny
+from flax import linen as nn
+from flax.core import freeze
+from flax.training.train_state import TrainState
+
+from jaxattn import Model, compute_logits, generate
+from jaxattn.checkpoints import CheckpointError, load_config, load_model, load_params, save_model
+from jaxattn.checkpoints.msgpack_weights import MsgpackWeights
+from jaxattn.models import Programs, abstract_params
+
+# Lengths on both sides of the window, 5 keys, and of twice the window.
+PROMPTS = [[3], [1, 60, 2, 9], [8, 7, 6, 5, 4], list(range(20, 31)), [17, 0, 3] * 7]
+ATOL = 1e-4
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS = {
+    "mha": {
+        key: value for key, value in tiny.LLAMA.items() if key not in ("num_key_value_heads", "head_dim")
+    },
+    "tied, mqa, soft cap, linear": tiny.LLAMA
+    | {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+        "attn_logit_softcapping": 2.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "llama3": tiny.LLAMA | {"rope_scaling": LLAMA3},
+    "transformers 5": {key: value for key, value in tiny.LLAMA.items() if key != "rope_theta"}
+    | {
+        "rope_parameters": LLAMA3 | {"rope_theta": 900.0},
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+    },
+    "mistral": tiny.LLAMA | {"model_type": "mistral", "sliding_window": 5},
+}
+WINDOWED = CONFIGS["mistral"]
+TIED = tiny.LLAMA | {"tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return tiny.random_tree(tiny.LLAMA)
+
+
+@pytest.fixture(scope="module")
+def expected(tree, tmp_path_factory):
+    """The parameters of `tree`."""
+    return load_params(tiny.write_msgpack(tmp_path_factory.mktemp("expected"), tiny.LLAMA, tree))
+
+
+def distance(got: list[np.ndarray], tree: tiny.Tree, config: dict) -> float:
+    wanted = [dense_llama.logits(tree, config, prompt) for prompt in PROMPTS]
+    return max(np.abs(g - w).max() for g, w in zip(got, wanted, strict=True))
+
+
+def assert_same(got, wanted):
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_a_dense_implementation(name, tmp_path):
+    config = CONFIGS[name]
+    tree = tiny.random_tree(config)
+    model = load_model(tiny.write_msgpack(tmp_path, config, tree))
+    assert distance(compute_logits(model, PROMPTS), tree, config) < ATOL
+
+
+def test_the_comparison_would_notice(tmp_path):
+    """Each small mistake moves the logits by far more than the tolerance."""
+    config = WINDOWED | {"rope_scaling": LLAMA3}
+    tree = tiny.random_tree(config)
+    logits = compute_logits(load_model(tiny.write_msgpack(tmp_path, config, tree)), PROMPTS)
+    swapped = copy.deepcopy(tree)
+    mlp = swapped["model"]["layers"]["1"]["mlp"]
+    mlp["gate_proj"], mlp["up_proj"] = mlp["up_proj"], mlp["gate_proj"]
+    assert distance(logits, tree, config) < ATOL
+    assert distance(logits, swapped, config) > 1e-2
+    for mistake in (
+        {"sliding_window": 4},
+        {"sliding_window": 6},
+        {"sliding_window": None},
+        {"rope_theta": 505.0},
+        {"rope_scaling": LLAMA3 | {"high_freq_factor": 3.0}},
+        {"rms_norm_eps": 1e-2},
+    ):
+        assert distance(logits, tree, config | mistake) > 1e-2, mistake
+
+
+def test_greedy_tokens_equal_a_dense_implementation(tmp_path):
+    tree = tiny.random_tree(WINDOWED)
+    model = load_model(tiny.write_msgpack(tmp_path, WINDOWED, tree))
+    wanted = [dense_llama.greedy(tree, WINDOWED, prompt, 8) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 8) == wanted
+
+
+@pytest.mark.parametrize(
+    ("save", "child"),
+    [
+        (tiny.save_standard, ""),
+        (tiny.save_standard, "anything"),
+        (tiny.save_pytree, "params"),
+        (tiny.save_no_ocdbt, ""),
+        (tiny.save_no_ocdbt, "checkpoint"),
+        (tiny.save_zarr3, "model"),
+    ],
+)
+def test_orbax_savers_and_places(save, child, tree, expected, tmp_path):
+    save(tmp_path / "checkpoint" / child, tree)
+    tiny.write_config(tmp_path / "checkpoint", tiny.LLAMA)
+    assert_same(load_params(tmp_path / "checkpoint"), expected)
+
+
+@pytest.mark.parametrize("item", [None, "state", "params"])
+def test_the_newest_step_is_taken(item, tree, expected, tmp_path):
+    older = jax.tree.map(np.zeros_like, tree)
+    tiny.save_steps(tmp_path / "run", {9: older, 10: tiny.train_state(tree)}, item=item)
+    tiny.write_config(tmp_path / "run", tiny.LLAMA)
+    for path in (tmp_path / "run", tmp_path / "run" / "10"):
+        assert_same(load_params(path), expected)
+
+
+@pytest.mark.parametrize("where", ["run/10", "run/10/default", "."])
+def test_a_config_may_lie_on_the_way(where, tree, expected, tmp_path):
+    tiny.save_steps(tmp_path / "run", {10: tree})
+    tiny.write_config(tmp_path / where, tiny.LLAMA)
+    assert_same(load_params(tmp_path / "run"), expected)
+    assert load_config(tmp_path / "run").vocab_size == 61
+
+
+def test_plain_step_folders(tree, expected, tmp_path):
+    tiny.save_standard(tmp_path / "9", jax.tree.map(np.zeros_like, tree))
+    tiny.save_standard(tmp_path / "10", {"params": tree})
+    assert_same(load_params(tiny.write_config(tmp_path, tiny.LLAMA)), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda t: {"params": t}, lambda t: {"params": {"params": t}}, tiny.train_state]
+)
+@pytest.mark.parametrize("write", ["msgpack", "orbax"])
+def test_trees_as_linen_users_write_them(wrap, write, tree, expected, tmp_path):
+    own = wrap(tiny.as_linen_users_write_it(tree, tiny.LLAMA))
+    if write == "msgpack":
+        tiny.write_msgpack(tmp_path, tiny.LLAMA, own | ({"opt_state": {}} if "opt_state" in own else {}))
+    else:
+        tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "params", own)
+    assert_same(load_params(tmp_path), expected)
+
+
+def test_a_train_state_of_real_classes_beside_other_things(tree, expected, tmp_path):
+    state = TrainState.create(apply_fn=lambda: None, params=freeze(tree), tx=optax.adamw(1e-3))
+    tiny.save_standard(tiny.write_config(tmp_path / "a", tiny.LLAMA) / "state", state)
+    assert_same(load_params(tmp_path / "a"), expected)
+    beside = {"params": tree, "rng": jax.random.key(0), "note": "a string"}
+    tiny.save_pytree(tiny.write_config(tmp_path / "b", tiny.LLAMA) / "state", beside)
+    assert_same(load_params(tmp_path / "b"), expected)
+
+
+def test_layers_in_a_list(tree, expected, tmp_path):
+    layers = [tree["model"]["layers"][str(i)] for i in range(2)]
+    listed = tree | {"model": tree["model"] | {"layers": layers}}
+    tiny.save_pytree(tiny.write_config(tmp_path, tiny.LLAMA) / "params", listed)
+    assert_same(load_params(tmp_path), expected)
+
+
+def test_under_a_running_event_loop(tree, expected, tmp_path):
+    """As in a notebook."""
+    tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "params", tree)
+
+    async def cell():
+        return load_params(tmp_path)
+
+    assert_same(asyncio.run(cell()), expected)
+
+
+def test_boxed_leaves(tree, expected, tmp_path):
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim), tree)
+    tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "params", {"params": boxed})
+    assert_same(load_params(tmp_path), expected)
+
+
+def test_sharded_msgpack(tree, expected, tmp_path):
+    folder = tiny.write_sharded(tmp_path, tiny.LLAMA, tree)
+    assert_same(load_params(folder), expected)
+    assert_same(load_params(folder / "flax_model.msgpack.index.json"), expected)
+
+
+def test_the_very_file_among_others(tree, expected, tmp_path):
+    tiny.write_msgpack(tmp_path, tiny.LLAMA, tree)
+    tiny.save_standard(tmp_path / "params", jax.tree.map(np.zeros_like, tree))
+    assert_same(load_params(tmp_path / "flax_model.msgpack"), expected)
+    assert not load_params(str(tmp_path / "params"))["embed"].any()
+
+
+def test_weights_equal_a_numpy_reshape(tree, expected):
+    attn = tree["model"]["layers"]["1"]["self_attn"]
+    layer = expected["layers"][1]
+    np.testing.assert_array_equal(layer["q"], attn["q_proj"]["kernel"].reshape(24, 4, 8))
+    np.testing.assert_array_equal(layer["v"], attn["v_proj"]["kernel"].reshape(24, 2, 8))
+    np.testing.assert_array_equal(layer["o"], attn["o_proj"]["kernel"].reshape(4, 8, 24))
+
+
+@pytest.mark.parametrize("write", ["msgpack", "orbax"])
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16, np.float32])
+def test_casting(write, dtype, tree, expected, tmp_path):
+    if write == "msgpack":
+        tiny.write_msgpack(tmp_path, tiny.LLAMA, tree)
+    else:
+        tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "params", tree)
+    assert_same(load_params(tmp_path, dtype=dtype), jax.tree.map(lambda x: x.astype(dtype), expected))
+
+
+@pytest.mark.parametrize("write", ["msgpack", "orbax"])
+def test_the_stored_dtype_is_kept(write, tree, tmp_path):
+    """That of the embedding, where dtypes are mixed; float64 has no place in JAX by default."""
+    mixed = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    mixed["model"]["norm"]["weight"] = tree["model"]["norm"]["weight"].astype(np.float64)
+    if write == "msgpack":
+        tiny.write_msgpack(tmp_path, tiny.LLAMA, mixed)
+    else:
+        tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "params", mixed)
+    model = load_model(tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
+    assert model.programs.dtype == jnp.bfloat16
+
+
+def test_bfloat16_logits_stay_close(tree, tmp_path):
+    model = load_model(tiny.write_msgpack(tmp_path, tiny.LLAMA, tree), dtype="bfloat16")
+    for prompt, got in zip(PROMPTS, compute_logits(model, PROMPTS), strict=True):
+        wanted = dense_llama.logits(tree, tiny.LLAMA, prompt)
+        assert np.abs(got - wanted).max() < 0.25 * wanted.std()
+
+
+def test_a_stored_head_wins_over_a_tie(tmp_path):
+    tree = tiny.random_tree(TIED, head=True)
+    tiny.write_msgpack(tmp_path, TIED, tree)
+    with pytest.warns(UserWarning, match="a head that is not the embedding"):
+        model = load_model(tmp_path)
+    assert not model.config.tie_embeddings
+    np.testing.assert_array_equal(model.params["head"], tree["lm_head"]["kernel"])
+
+
+def test_a_stored_head_that_is_the_embedding_is_no_news(tmp_path):
+    tree = tiny.random_tree(TIED)
+    tree["lm_head"] = {"kernel": tree["model"]["embed_tokens"]["embedding"].T.copy()}
+    model = load_model(tiny.write_msgpack(tmp_path, TIED, tree))  # warnings are errors here
+    assert not model.config.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama3", "bfloat16"),
+        ("tied, mqa, soft cap, linear", "float32"),
+        ("transformers 5", "float16"),
+        ("mistral", "float32"),
+    ],
+)
+def test_saving_and_loading_changes_no_bit(name, dtype, tmp_path):
+    config = CONFIGS[name]
+    model = load_model(tiny.write_msgpack(tmp_path / "a", config, tiny.random_tree(config)), dtype=dtype)
+    save_model(tmp_path / "b", model)
+    again = load_model(tmp_path / "b")
+    assert again.config == model.config
+    assert_same(again.params, model.params)
+
+
+def test_saved_names_are_those_of_hugging_face(tree, expected, tmp_path):
+    config = load_config(tiny.write_config(tmp_path / "a", tiny.LLAMA))
+    save_model(tmp_path / "b", Model.from_params(config, expected))
+    metadata = json.loads((tmp_path / "b/params/_METADATA").read_text())["tree_metadata"]
+    saved = {"/".join(key["key"] for key in entry["key_metadata"]) for entry in metadata.values()}
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
+    assert saved == {jax.tree_util.keystr(path, simple=True, separator="/") for path in paths}
+
+
+def test_nothing_is_written_over(expected, tmp_path):
+    model = Model.from_params(load_config(tiny.write_config(tmp_path, tiny.LLAMA)), expected)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="is not an empty folder"):
+        save_model(tmp_path, model)
+    assert sorted(tmp_path.iterdir()) == before
+    unequal = dataclasses.replace(model.config, sliding_windows=(3, 4))
+    with pytest.raises(CheckpointError, match="room for one size"):
+        save_model(tmp_path / "new", Model.from_params(unequal, expected))
+    assert not (tmp_path / "new").exists()
+
+
+def test_programs_compile_before_the_weights_are_there(tree, tmp_path, monkeypatch):
+    tiny.write_msgpack(tmp_path, tiny.LLAMA, tree)
+    compiled = threading.Event()
+    read = MsgpackWeights.read
+
+    def read_last(self: MsgpackWeights, names: set[str]) -> dict[str, jax.Array]:
+        assert compiled.wait(timeout=60), "compilation waits for the weights"
+        return read(self, names)
+
+    def precompile(programs: Programs) -> None:
+        blank = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(programs.config, programs.dtype)
+        )
+        compute_logits(Model(programs.config, blank, programs), PROMPTS)
+        compiled.set()
+
+    monkeypatch.setattr(MsgpackWeights, "read", read_last)
+    model = load_model(tmp_path, precompile=precompile)
+    assert len(model.programs.compiled) == 1
+    assert distance(compute_logits(model, PROMPTS), tree, tiny.LLAMA) < ATOL
+    assert len(model.programs.compiled) == 1
+
+
+def test_errors_while_compiling_are_raised(tree, tmp_path):
+    def precompile(programs: Programs) -> None:
+        raise RuntimeError("no such backend")
+
+    with pytest.raises(RuntimeError, match="no such backend"):
+        load_model(tiny.write_msgpack(tmp_path, tiny.LLAMA, tree), precompile=precompile)

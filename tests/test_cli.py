@@ -1,0 +1,148 @@
+"""The command line, as a user calls it."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxattn import DecoderConfig, Model, compute_logits, generate, save_model
+from jaxattn.cli import run
+from jaxattn.models import init_params
+
+CONFIG = DecoderConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    sliding_windows=(None, 5),
+)
+PROMPTS = [[1, 5, 9], [7], [2] * 11]
+PROMPT_OPTIONS = [word for prompt in PROMPTS for word in ("--prompt-ids", " ".join(map(str, prompt)))]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    params = init_params(jax.random.key(0), CONFIG)
+    return Model.from_params(CONFIG, jax.tree.map(lambda x: 1.5 * x, params))
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("cli") / "checkpoint"
+    save_model(path, model)
+    return str(path)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "xla", "triton"])
+def test_generate(model, path, capsys, implementation):
+    options = ["--max-new-tokens", "6", "--json", "--implementation", implementation]
+    assert run(["generate", path, *PROMPT_OPTIONS, *options]) == 0
+    assert json.loads(capsys.readouterr().out) == {"tokens": generate(model, PROMPTS, 6)}
+
+
+def test_generate_prints_a_line_per_prompt(model, path, capsys):
+    assert run(["generate", path, *PROMPT_OPTIONS, "--max-new-tokens", "2"]) == 0
+    expected = [f"{i}: {a} {b}" for i, (a, b) in enumerate(generate(model, PROMPTS, 2))]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_sampling_options(path, capsys):
+    def draw(seed):
+        options = ["--max-new-tokens", "9", "--temperature", "2", "--top-k", "30", "--seed", seed, "--json"]
+        assert run(["generate", path, *PROMPT_OPTIONS, *options]) == 0
+        return json.loads(capsys.readouterr().out)["tokens"]
+
+    assert draw("0") != draw("1")
+
+
+def test_dtype(path, capsys):
+    assert run(["generate", path, *PROMPT_OPTIONS, "--max-new-tokens", "2", "--dtype", "bfloat16"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(PROMPTS)
+
+
+def test_logits(model, path, tmp_path):
+    out = tmp_path / "logits.file"  # written under this very name
+    assert run(["logits", path, *PROMPT_OPTIONS, "--out", str(out)]) == 0
+    with np.load(out) as arrays:
+        assert list(arrays) == ["logits_0", "logits_1", "logits_2"]
+        for i, expected in enumerate(compute_logits(model, PROMPTS)):
+            assert arrays[f"logits_{i}"].dtype == np.float32
+            np.testing.assert_allclose(arrays[f"logits_{i}"], expected, rtol=0, atol=1e-5)
+
+
+def test_info(capsys):
+    assert run(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["implementation"] == "xla"
+    assert "platform is cpu" in facts["reason"]
+    assert run(["info"]) == 0
+    assert jax.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-ids", "1 x"], "--prompt-ids '1 x' (prompt 0) must be integers"),
+        (["--prompt-ids", " "], "(prompt 0) is empty"),
+        (
+            ["--prompt-ids", "1", "--prompt-ids", "61"],
+            "sequences[1][0]=61 is a token id outside the vocabulary",
+        ),
+        (["--prompt-ids", "1", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--prompt-ids", "1", "--dtype", "int8"], "int8"),
+        (["--prompt-ids", "1", "--page-size", "0"], "page_size=0"),
+    ],
+)
+def test_an_error_is_one_line_and_status_2(path, capsys, arguments, message):
+    assert run(["generate", path, "--max-new-tokens", "2", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("jaxattn: error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+
+
+def test_missing_checkpoint(tmp_path, capsys):
+    assert run(["generate", str(tmp_path / "none"), "--prompt-ids", "1", "--max-new-tokens", "2"]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_output_folder_is_checked_before_anything_is_loaded(tmp_path, capsys):
+    out = tmp_path / "none" / "logits.npz"
+    assert run(["logits", str(tmp_path), "--prompt-ids", "1", "--out", str(out)]) == 2
+    assert "does not exist; create it" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="none"):
+        run(["generate", str(tmp_path / "none"), "--prompt-ids", "1", "--max-new-tokens", "2", "--debug"])
+
+
+def test_wrong_usage_exits_with_status_2(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(["generate", "somewhere"])
+    assert "required" in capsys.readouterr().err
+
+
+def test_as_a_program(path):
+    command = [
+        sys.executable,
+        "-m",
+        "jaxattn",
+        "generate",
+        path,
+        "--prompt-ids",
+        "1",
+        "--max-new-tokens",
+        "0",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("jaxattn: error: max_new_tokens=0")
