@@ -95,7 +95,8 @@ class RaggedBatch:
 def abstract_batch(bucket: Bucket, page_size: int | None = None) -> RaggedBatch:
     """The shapes of a batch in a bucket, without data: what a program is compiled from."""
     size = field_slices(bucket)["page_list"].stop
-    return RaggedBatch(packed=jax.ShapeDtypeStruct((size,), jnp.int32), bucket=bucket, page_size=page_size)
+    packed: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
+    return RaggedBatch(packed=packed, bucket=bucket, page_size=page_size)
 
 
 def nest_sequences(

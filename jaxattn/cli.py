@@ -10,10 +10,10 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 
 import jaxattn
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxattn", description=jaxattn.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="jaxattn", description="Attention over ragged, paged batches in JAX.")
     parser.add_argument("--version", action="version", version=f"jaxattn {jaxattn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -128,7 +128,7 @@ def _logits(options: argparse.Namespace) -> None:
     model = load_model(options.path, dtype=options.dtype)
     logits = compute_logits(model, prompts, implementation=options.implementation)
     with options.out.open("wb") as file:  # an open file, since savez would append to the name
-        np.savez(file, **{f"logits_{i}": array for i, array in enumerate(logits)})
+        np.savez(file, allow_pickle=False, **{f"logits_{i}": array for i, array in enumerate(logits)})
     print(f"wrote {len(logits)} arrays to {options.out}")
 
 
@@ -138,7 +138,7 @@ def _info(options: argparse.Namespace) -> None:
     facts = {
         "jaxattn": jaxattn.__version__,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": metadata.version("jaxlib"),
         "python": platform.python_version(),
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "implementation": choice.implementation,

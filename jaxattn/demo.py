@@ -167,7 +167,7 @@ def _train(console: Console, documents: list[np.ndarray], steps: int) -> Params:
     state = optimizer.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params: Params, state: Any, batch: RaggedBatch) -> tuple[Params, Any, Array]:
+    def train_step(params: Any, state: Any, batch: RaggedBatch) -> tuple[Any, Any, Array]:
         loss, gradients = jax.value_and_grad(next_token_loss)(params, batch)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss

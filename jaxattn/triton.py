@@ -35,10 +35,9 @@ def attend(
     visible = metadata.visible_keys(spec.window_class)
     schedule = visible.schedule(tiling)
     paged = k.ndim == 4
-    lookup = kernel.KeyLookup(
-        start=metadata.kv_page_indptr if paged else metadata.cu_kv_lens,
-        pages=metadata.kv_page_list if paged else None,
-    )
+    start = metadata.kv_page_indptr if paged else metadata.cu_kv_lens
+    assert start is not None  # attention() has checked it
+    lookup = kernel.KeyLookup(start=start, pages=metadata.kv_page_list if paged else None)
     tile_lists = tuple(
         (kernel.TileArrays(t.seq, t.q_start, t.q_len, t.kv_start, t.kv_end), t.block_q)
         for t in schedule.lists

@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 
 from jaxattn import AttentionSpec, WindowClass
 
-HEADS = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+HEADS: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64}
 
 
 def test_derived_values():

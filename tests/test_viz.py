@@ -1,12 +1,14 @@
-import matplotlib as mpl
+from typing import Any
+
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from jaxattn import AttentionSpec, Bucket, prepare_metadata
 from jaxattn.cases import ODD, nest_workload
 from jaxattn.viz import padding_waste, plot_schedule
 
-HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+HEADS: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 
 
 @pytest.fixture
@@ -28,5 +30,5 @@ def test_a_panel_per_window_class_and_a_box_per_tile(batch, tmp_path):
     boxes = sum(len(c.get_paths()) for c in figure.axes[0].collections)
     assert boxes == 6
     figure.savefig(tmp_path / "schedule.png")
-    picture = mpl.image.imread(tmp_path / "schedule.png")
+    picture = imread(tmp_path / "schedule.png")
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
