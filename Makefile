@@ -2,15 +2,16 @@
 SHELL := /bin/sh
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
-# Extra requirements of the environment, e.g. JAX="jax==0.11.2" for the oldest supported version.
-JAX ?=
+# Further requirements of the environment.
+WITH ?=
 
-.PHONY: help demo test test-slow test-compile check install clean
+.PHONY: help demo test test-slow test-oldest test-compile check install clean
 
 help:
 	@echo "make demo          train, load, generate on every backend (about two minutes)"
 	@echo "make test          the test suite"
 	@echo "make test-slow     the same with thorough settings"
+	@echo "make test-oldest   the suite on the oldest supported JAX"
 	@echo "make test-compile  compile every kernel to SASS, without a GPU"
 	@echo "make check         lint, types, layering"
 
@@ -23,8 +24,13 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(PYTHON) -m pytest -m "slow"
 
-test-compile: $(VENV)/installed-compile
-	$(PYTHON) -m pytest -m "compile"
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2"
+
+# An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
+test-compile:
+	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -m compile
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check
@@ -35,7 +41,7 @@ check: $(VENV)/installed
 install: $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf .venv .venv-oldest .venv-compile demo-output
 
 # The first interpreter that runs and is new enough. A pyenv shim may exist and still not run.
 $(VENV)/bin/python:
@@ -50,11 +56,11 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(PYTHON) -m pip install --quiet --upgrade "pip>=25.1"
-	$(PYTHON) -m pip install --quiet --editable . --group dev $(JAX)
+	$(PYTHON) -m pip install --quiet --editable . --group dev $(WITH)
 	@touch $@
 
-# The compiler must be of the same version as jaxlib.
+# The compiler's version must be that of jaxlib.
 $(VENV)/installed-compile: $(VENV)/installed
-	v=$$($(PYTHON) -c 'import jaxlib; print(jaxlib.__version__)'); \
+	v=$$($(PYTHON) -c 'from importlib.metadata import version; print(version("jaxlib"))') && \
 	$(PYTHON) -m pip install --quiet --group compile "jax-cuda13-plugin==$$v" "jax-cuda13-pjrt==$$v"
 	@touch $@

@@ -248,14 +248,15 @@ def _flatten(name: str, rows: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, n
     """Concatenate rows of different lengths; returns the values and the length of each row."""
     if isinstance(rows, np.ndarray) and rows.ndim == 2:
         return _integers(name, rows.reshape(-1)), np.full(rows.shape[0], rows.shape[1], np.int64)
-    if all(isinstance(row, list) for row in rows):
-        # One conversion for all rows: much faster than one per row for Python lists.
+    try:
         lens = np.fromiter(map(len, rows), np.int64, len(rows))
-        flat = np.array(list(itertools.chain.from_iterable(rows)))
-        return _integers(name, flat), lens
-    arrays = [_integers(f"{name}[{i}]", row) for i, row in enumerate(rows)]
-    lens = np.fromiter((a.size for a in arrays), np.int64, len(arrays))
-    return _integers(name, np.concatenate(arrays) if arrays else np.empty(0, np.int64)), lens
+    except TypeError:
+        raise TypeError(f"{name} must hold one list or 1-D array per sequence") from None
+    filled = [row for row in rows if len(row)]  # an empty list would be an array of floats
+    if all(isinstance(row, list) for row in filled):
+        # One conversion for all rows: much faster than one per row for Python lists.
+        return _integers(name, np.array(list(itertools.chain.from_iterable(filled)))), lens
+    return _integers(name, np.concatenate([np.asarray(row) for row in filled])), lens
 
 
 def _tokens_and_lens(sequences: Any, q_lens: Any) -> tuple[np.ndarray, np.ndarray]:

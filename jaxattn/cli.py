@@ -46,7 +46,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxattn", description="Attention over ragged, paged batches in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="jaxattn", description="Attention over ragged, paged batches in JAX."
+    )
     parser.add_argument("--version", action="version", version=f"jaxattn {jaxattn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -93,6 +93,16 @@ def test_refuses_sequences(sequences, options, message):
         nest_sequences(sequences, **options)
 
 
+def test_refuses_one_flat_list():
+    with pytest.raises(TypeError, match="sequences must hold one list or 1-D array per sequence"):
+        nest_sequences([1, 2, 3])
+
+
+def test_refuses_nested_rows():
+    with pytest.raises(ValueError, match="expected one axis"):
+        nest_sequences([[[1, 2], [3, 4]]])
+
+
 @pytest.mark.parametrize("sequences", [[[1.5, 2.0]], [np.array([1.0])], [[True, False]], [["a"]]])
 def test_refuses_what_is_no_integer(sequences):
     with pytest.raises(TypeError, match="expected integers"):
