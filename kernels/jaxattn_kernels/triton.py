@@ -37,11 +37,14 @@ class KernelConfig:
         block_k: Keys per step of the loop; a power of two.
         num_warps: Warps per program.
         num_stages: Depth of the load pipeline.
+        max_rows: Rows of one program, at most; a tile with more is divided among programs. A
+            token's G rows stay together, however many they are.
     """
 
     block_k: int
     num_warps: int
     num_stages: int
+    max_rows: int = 128
 
 
 class TileArrays(NamedTuple):
@@ -69,15 +72,26 @@ class KeyLookup(NamedTuple):
 def config_for(*, block_rows: int, head_dim: int, itemsize: int) -> KernelConfig:
     """The sizes that compile without spilling registers on sm_80 to sm_120 (tests/compile).
 
+    16-bit operands: the accumulator decides, a row of it per query row, since it stays in registers
+    through all loops. Twice the accumulator leaves room for half the keys; four times needs twice
+    the threads. Loads run one step ahead of the products.
+
+    32-bit operands: the product in full float32 runs outside the tensor cores, and holds whole rows
+    of both operands in registers; so few rows, few keys, many threads, and no load ahead.
+
     Args:
         block_rows: Rows of the query tile.
         head_dim: Size of a head.
         itemsize: Bytes per element of keys and values.
     """
-    wide = _head_block(head_dim) * itemsize > 256
-    block_k = 32 if wide else 64
-    num_warps = 8 if block_rows > 16 and (wide or block_rows > 64) else 4
-    return KernelConfig(block_k=block_k, num_warps=num_warps, num_stages=2)
+    if itemsize > 2:
+        return KernelConfig(block_k=16, num_warps=8, num_stages=1, max_rows=32)
+    accumulator = block_rows * _block(head_dim)
+    return KernelConfig(
+        block_k=64 if accumulator <= 64 * 64 else 32,
+        num_warps=4 if accumulator <= 64 * 128 else 8,
+        num_stages=2,
+    )
 
 
 def ragged_attention(
@@ -109,7 +123,8 @@ def ragged_attention(
         page_size: Tokens per page, or None for packed keys.
         scale: Factor on q·k.
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
-        windowed: Whether a token's range may begin after the sequence does.
+        windowed: Whether a token's range may begin after the sequence does; otherwise `kv_start`
+            is 0 everywhere.
         interpret: Run on the CPU, as the interpreter of Pallas does.
         config: Sizes of the launches; chosen by `config_for` where None.
 
@@ -129,13 +144,16 @@ def ragged_attention(
 def _launch(q, k, v, kv_start, kv_end, lookup, tiles, out, *, block_q, config, interpret, **static):
     """One `pallas_call`; writes into `out` where an earlier launch made it."""
     (_, N, H), K = q.shape, k.shape[1]
-    block_rows = max(MIN_DOT, _power_of_two(block_q * (N // K)))
-    config = config or config_for(block_rows=block_rows, head_dim=H, itemsize=q.dtype.itemsize)
+    G = N // K
+    config = config or config_for(block_rows=_block(block_q * G), head_dim=H, itemsize=q.dtype.itemsize)
+    # A tile may be too tall for one program: its tokens go to several.
+    program_q = max(1, min(block_q, config.max_rows // G))
+    block_rows = _block(program_q * G)
     kernel = functools.partial(
         _kernel,
         has_pages=lookup.pages is not None,
         has_out=out is not None,
-        block_q=block_q,
+        block_q=program_q,
         block_rows=block_rows,
         block_k=config.block_k,
         **static,
@@ -146,7 +164,7 @@ def _launch(q, k, v, kv_start, kv_end, lookup, tiles, out, *, block_q, config, i
     inputs += [out] if out is not None else []
     return pl.pallas_call(
         kernel,
-        grid=(tiles.seq.shape[0], K),
+        grid=(tiles.seq.shape[0], K, pl.cdiv(block_q, program_q)),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(inputs),
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -165,7 +183,8 @@ def _kernel(*refs, has_pages: bool, has_out: bool, **static):
     o_ref = rest[1] if has_out else rest[0]
 
     w, head = pl.program_id(0), pl.program_id(1)
-    q_len = q_len_ref[w]
+    skipped = pl.program_id(2) * static["block_q"]  # tokens of the tile that other programs serve
+    q_len = q_len_ref[w] - skipped
 
     @pl.when(q_len > 0)
     def _():
@@ -178,7 +197,7 @@ def _kernel(*refs, has_pages: bool, has_out: bool, **static):
             v_ref,  # [S, K, H]
             o_ref,  # [T, N, H]
             head=head,
-            q_start=q_start_ref[w],
+            q_start=q_start_ref[w] + skipped,
             q_len=q_len,
             tile_start=tile_start_ref[w],
             tile_end=tile_end_ref[w],
@@ -199,7 +218,7 @@ def _attend_tile(
     """
     (T, N, H), K = q_ref.shape, k_ref.shape[1]
     G = N // K
-    head_block = _head_block(H)
+    head_block = _block(H)
     r = jnp.arange(block_rows)
     token = r // G
     row_ok = (token < q_len) & (r < block_q * G)
@@ -227,10 +246,17 @@ def _attend_tile(
             page = plgpu.load(pages_ref.at[key_base + positions // page_size], mask=ok, other=0)
         return page * page_size + positions % page_size
 
+    def visible(positions):
+        sees = positions[None, :] < end[:, None]
+        # Without a window this comparison is true throughout, and costs registers.
+        return sees & (first[:, None] <= positions[None, :]) if windowed else sees
+
     def attend_block(j, state, masked):
         acc, row_max, total = state
         positions = j * block_k + jnp.arange(block_k)
-        ok = (positions >= tile_start) & (positions < tile_end) if masked else positions >= 0
+        ok = positions < tile_end if masked else positions >= 0
+        if masked and windowed:
+            ok &= positions >= tile_start
         slots = slots_of(j, positions, ok)
         block = (slots[:, None], head, d[None, :])
         k = plgpu.load(k_ref.at[block], mask=mask_2d(ok), other=0.0)
@@ -239,8 +265,8 @@ def _attend_tile(
             s = s * (scale * LOG2E)
         else:
             s = jnp.tanh(s * (scale / logits_soft_cap)) * (logits_soft_cap * LOG2E)
+        sees = visible(positions) if masked else True
         if masked:
-            sees = (first[:, None] <= positions[None, :]) & (positions[None, :] < end[:, None])
             s = jnp.where(sees, s, NEG)
         new_max = jnp.maximum(row_max, s.max(axis=1))
         rescale = jnp.exp2(row_max - new_max)
@@ -273,10 +299,6 @@ def _attend_tile(
     plgpu.store(place, out.astype(o_ref.dtype), mask=mask_2d(row_ok))
 
 
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is no smaller than n."""
-    return 1 << (n - 1).bit_length()
-
-
-def _head_block(head_dim: int) -> int:
-    return max(MIN_DOT, _power_of_two(head_dim))
+def _block(n: int) -> int:
+    """The smallest block size that holds n: a power of two that a tensor-core product accepts."""
+    return max(MIN_DOT, 1 << (n - 1).bit_length())

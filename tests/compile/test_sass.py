@@ -1,0 +1,139 @@
+"""Every shipped kernel compiles to machine code that keeps its state in registers, on every GPU.
+
+Interpret mode accepts what a GPU cannot hold, and a lowered program does not show it either.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, compile_for
+
+from jaxattn.schedule import tiling_for
+from jaxattn.spec import AttentionSpec
+from jaxattn_kernels.triton import KernelConfig, KeyLookup, TileArrays, ragged_attention
+
+pytestmark = pytest.mark.compile
+
+# ptxas spills some bytes of its own accord where one more block then fits on a multiprocessor:
+# in about one kernel of twelve, and in different ones with every version.
+MAX_TRADED = 64
+MAX_REGISTERS = 255
+
+
+class Case(NamedTuple):
+    """What the size of a kernel depends on."""
+
+    target: Target
+    group_size: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    page_size: int | None = 16
+    windowed: bool = False
+    capped: bool = False
+
+    def __str__(self) -> str:
+        paging = f"p{self.page_size}" if self.page_size else "packed"
+        options = "-window" * self.windowed + "-cap" * self.capped
+        return (
+            f"{self.target.architecture}-g{self.group_size}-d{self.head_dim}-{self.dtype}-{paging}{options}"
+        )
+
+
+def every_pair() -> list[Case]:
+    """49 cases in which every pair of values of any two factors occurs.
+
+    An orthogonal array: the factors of case (i, j) take their values number i, j, i + j, i + 2 j...
+    modulo 7, and any two of these determine i and j.
+    """
+
+    def pick(values: tuple, number: int):
+        return values[number % 7 % len(values)]
+
+    return [
+        Case(
+            group_size=pick((1, 2, 3, 4, 6, 8, 32), i),
+            head_dim=pick((16, 64, 80, 96, 128, 192, 256), j),
+            page_size=pick((None, 1, 8, 12, 16, 64, 128), i + j),
+            target=pick(TARGETS, i + 2 * j),
+            dtype=pick(("bfloat16", "float16", "float32"), i + 3 * j),
+            windowed=pick((True, False), i + 4 * j),
+            capped=pick((False, True), i + 5 * j),
+        )
+        for i in range(7)
+        for j in range(7)
+    ]
+
+
+def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]:
+    """The kernels of a case: one for short queries (decode) and one for long ones (prefill)."""
+
+    def ints(n: int) -> Any:  # stands for an array
+        return jax.ShapeDtypeStruct((n,), jnp.int32)
+
+    tokens, rows, pages, num_kv_heads = 1024, 16, 512, 4
+    num_q_heads = num_kv_heads * case.group_size
+    spec = AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=case.head_dim)
+    tiling = tiling_for("triton", spec)
+    assert tiling is not None
+
+    def attend(q, k, v, kv_start, kv_end, start, page_list, short, long):
+        return ragged_attention(
+            q, k, v, kv_start, kv_end,
+            KeyLookup(start, page_list if case.page_size else None),
+            ((short, tiling.short_q), (long, tiling.long_q)),
+            page_size=case.page_size, scale=spec.softmax_scale, logits_soft_cap=30.0 if case.capped else None,
+            windowed=case.windowed, interpret=False, config=config,
+        )  # fmt: skip
+
+    q = jax.ShapeDtypeStruct((tokens, num_q_heads, case.head_dim), case.dtype)
+    k = jax.ShapeDtypeStruct((pages * (case.page_size or 16), num_kv_heads, case.head_dim), case.dtype)
+    per_token, tiles = ints(tokens), TileArrays(*[ints(64)] * 5)
+    args = (q, k, k, per_token, per_token, ints(rows + 1), ints(pages), tiles, tiles)
+    return [k for k in compile_for(case.target, attend, *args) if k.name.startswith("ragged_attention")]
+
+
+def stays_in_registers(kernel: Kernel) -> bool:
+    """Whether a kernel has registers for all its state, but for what ptxas trades for occupancy."""
+    traded = kernel.registers < MAX_REGISTERS and kernel.spilled <= MAX_TRADED
+    return kernel.spilled == 0 or traded
+
+
+@pytest.mark.parametrize("case", every_pair(), ids=str)
+def test_kernels_stay_in_registers(case):
+    kernels = compile_case(case)
+    assert len(kernels) == 2
+    assert [(k.name, k.registers, k.spilled) for k in kernels if not stays_in_registers(k)] == []
+
+
+def test_the_gate_rejects_a_kernel_that_is_too_large():
+    config = KernelConfig(block_k=128, num_warps=4, num_stages=2)
+    kernels = compile_case(Case(H200, group_size=4, head_dim=128, windowed=True), config)
+    assert not all(stays_in_registers(k) for k in kernels)
+
+
+def test_too_much_shared_memory_is_refused():
+    config = KernelConfig(block_k=128, num_warps=8, num_stages=3)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit exceeded"):
+        compile_case(Case(RTX_PRO_6000, group_size=4, head_dim=256), config)
+
+
+@pytest.mark.parametrize(
+    ("target", "product"),
+    [(A100, "mma.sync"), (H200, "wgmma.mma_async"), (B200, "tcgen05.mma"), (RTX_PRO_6000, "mma.sync")],
+    ids=lambda x: x.architecture if isinstance(x, Target) else x,
+)
+def test_main_configuration_uses_the_hardware(target, product):
+    short, long = sorted(compile_case(Case(target, group_size=4, head_dim=128)), key=lambda k: k.name)
+    assert (short.name, long.name) == ("ragged_attention_q16", "ragged_attention_q64")
+    assert "mma.sync" in short.ptx
+    assert product in long.ptx
+    for kernel in short, long:
+        assert kernel.spilled == 0
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", kernel.ptx)
+        assert set(copies) == {"10"}, "keys and values are copied asynchronously, 16 bytes at a time"
+        assert not re.search(r"ld\.global\S*\.[bu](8|16)\b", kernel.ptx), "a narrow load"

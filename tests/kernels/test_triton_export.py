@@ -1,0 +1,95 @@
+"""The kernel lowers for CUDA from shapes alone, on a machine without a GPU.
+
+Interpret mode accepts programs that the Triton backend refuses; lowering does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from jaxattn.attention import attention
+from jaxattn.batch import abstract_batch
+from jaxattn.buckets import Bucket
+from jaxattn.metadata import prepare_metadata
+from jaxattn.spec import AttentionSpec
+from jaxattn_kernels.triton import KernelConfig, KeyLookup, TileArrays, ragged_attention
+
+H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+PREFILL = Bucket(tokens=256, seqs=8, pages=64)
+DECODE = Bucket(tokens=8, seqs=8, pages=64, max_q_len=1)
+
+
+def export_for_cuda(function, *args) -> str:
+    """The StableHLO of a function, lowered for an H100. The backend's deprecation is expected."""
+    exporting = export.export(
+        jax.jit(function),
+        platforms=["cuda"],
+        disabled_checks=[export.DisabledSafetyCheck.custom_call(plgpu.CUSTOM_CALL_TARGET_NAME)],
+    )
+    with (
+        use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)),
+        pytest.warns(DeprecationWarning, match="Pallas Triton backend is deprecated"),
+    ):
+        return exporting(*args).mlir_module()
+
+
+def attention_program(spec: AttentionSpec, bucket: Bucket, page_size: int | None, dtype: str) -> tuple:
+    """`attention` by the kernel as a function, and the shapes of its arguments."""
+    q = jax.ShapeDtypeStruct((bucket.tokens, spec.num_q_heads, spec.head_dim), dtype)
+    place = (bucket.tokens,) if page_size is None else (bucket.pages, page_size)
+    k = jax.ShapeDtypeStruct((*place, spec.num_kv_heads, spec.head_dim), dtype)
+
+    def attend(q, k, v, batch):
+        return attention(q, k, v, prepare_metadata(batch, spec), spec, implementation="triton")
+
+    return attend, q, k, k, abstract_batch(bucket, page_size)
+
+
+@pytest.mark.parametrize(("bucket", "launches"), [(PREFILL, 2), (DECODE, 1)], ids=["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("spec", "page_size", "dtype"),
+    [
+        (AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128), 16, "bfloat16"),
+        (AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=80, sliding_window=100), 12, "float16"),
+        (AttentionSpec(num_q_heads=32, num_kv_heads=1, head_dim=256, logits_soft_cap=30.0), 128, "float32"),
+        (AttentionSpec(num_q_heads=4, num_kv_heads=4, head_dim=16, causal=False), None, "bfloat16"),
+    ],
+    ids=["gqa", "window", "mqa-cap", "packed"],
+)
+def test_exports_one_kernel_for_each_tile_list(spec, page_size, dtype, bucket, launches):
+    module = export_for_cuda(*attention_program(spec, bucket, page_size, dtype))
+    assert module.count(f"@{plgpu.CUSTOM_CALL_TARGET_NAME}(") == launches
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "obstacle"),
+    [(264, "bfloat16", "head_dim=264"), (64, "float8_e4m3fn", "dtype float8")],
+)
+def test_what_the_kernel_cannot_serve_is_refused(head_dim, dtype, obstacle):
+    spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=head_dim)
+    with pytest.raises(NotImplementedError, match=obstacle):
+        jax.eval_shape(*attention_program(spec, DECODE, 16, dtype))
+
+
+def test_a_block_that_is_no_power_of_two_does_not_lower():
+    def ints(n: int) -> Any:  # stands for an array
+        return jax.ShapeDtypeStruct((n,), jnp.int32)
+
+    def attend(q, k, per_token, start, tiles):
+        return ragged_attention(
+            q, k, k, per_token, per_token, KeyLookup(start, None), ((tiles, 4),),
+            page_size=None, scale=1.0, logits_soft_cap=None, windowed=False, interpret=False,
+            config=KernelConfig(block_k=48, num_warps=4, num_stages=2),
+        )  # fmt: skip
+
+    q = jax.ShapeDtypeStruct((8, 8, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((100, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="power of 2"):
+        export_for_cuda(attend, q, k, ints(8), ints(3), TileArrays(*[ints(4)] * 5))
