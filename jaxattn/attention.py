@@ -27,8 +27,8 @@ class Choice(NamedTuple):
 
 def attention(
     q: Float[Array, "T N H"],
-    k: Float[Array, "T K H"] | Float[Array, "pages page_size K H"],
-    v: Float[Array, "T K H"] | Float[Array, "pages page_size K H"],
+    k: Float[Array, "... K H"],
+    v: Float[Array, "... K H"],
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     *,
@@ -38,8 +38,8 @@ def attention(
 
     Args:
         q: Queries of all sequences, packed along one axis.
-        k: Keys: the pages of the cache, this step's keys written already, for a batch nested with
-            page tables; or one key per query token for a batch nested without.
+        k: Keys: for a batch nested with page tables, the pages `[pages, page_size, K, H]` of the
+            cache, this step's keys written already; for one without, `[T, K, H]`, one per token.
         v: Values, like the keys.
         metadata: From `prepare_metadata`, given this layer's spec.
         spec: The layer.

@@ -21,6 +21,7 @@ from jaxattn.models import Model, init_params
 def test_documents_are_real_functions():
     documents = standard_library_functions()
     assert len(documents) > 1000
+    assert len({len(d) for d in documents}) > 100
     assert all(b"def " in bytes(d) for d in documents[:50])
 
 
