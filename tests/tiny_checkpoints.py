@@ -119,7 +119,7 @@ def write_sharded(folder: Path, config: dict[str, Any], tree: Tree) -> Path:
     return folder
 
 
-def save_standard(folder: Path, tree: Tree) -> None:
+def save_standard(folder: Path, tree: Any) -> None:
     """By Orbax's StandardCheckpointer."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, tree)
