@@ -13,7 +13,7 @@ from jaxattn.batch import DEFAULT_GRID, nest_sequences
 from jaxattn.buckets import BucketGrid, quarter_steps
 from jaxattn.cache import PagePool
 from jaxattn.models import Model, init_cache
-from jaxattn.models.programs import NO_STOP_TOKEN
+from jaxattn.models.steps import NO_STOP_TOKEN
 
 DEFAULT_PAGE_SIZE = 16
 

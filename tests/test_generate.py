@@ -71,7 +71,7 @@ def test_other_prompts_of_one_bucket_compile_nothing(model, tokens):
 
 
 def test_one_trace_per_bucket(model, monkeypatch):
-    monkeypatch.setattr("jaxattn.models.programs.forward", chex.assert_max_traces(forward, n=1))
+    monkeypatch.setattr("jaxattn.models.steps.forward", chex.assert_max_traces(forward, n=1))
     model = Model.from_params(model.config, model.params)
     for prompts in ([[1, 2], [3]], [[4] * 9], [[5], [6], [7, 8]]):
         compute_logits(model, prompts)

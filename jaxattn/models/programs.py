@@ -1,4 +1,4 @@
-"""The compiled programs of a decoder: score, prefill and the on-device decode loop.
+"""The compiled programs of a decoder: `score`, `prefill` and `decode` of `steps.py`.
 
 Each is compiled once per bucket, ahead of time, from shapes alone: no weights are needed, so
 compilation can run while a checkpoint is still being read.
@@ -8,43 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
 
-from jaxattn.batch import RaggedBatch, abstract_batch, advance
+from jaxattn.batch import abstract_batch
 from jaxattn.buckets import Bucket
-from jaxattn.metadata import AttentionMetadata, prepare_metadata
+from jaxattn.models import steps
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import Cache, Params, abstract_params, forward, init_cache, unembed
-from jaxattn.models.sampling import sample
-
-NO_STOP_TOKEN = -1
-
-
-class Decoding(NamedTuple):
-    """State of the decode loop.
-
-    Attributes:
-        step: Tokens chosen so far, for a sequence that has not stopped.
-        batch: The last step's batch.
-        cache: The paged cache.
-        last: The token each row chose last.
-        active: Rows that have not stopped.
-        tokens: All tokens chosen.
-        num_tokens: How many each row chose, the stop token included.
-    """
-
-    step: Int32[Array, ""]
-    batch: RaggedBatch
-    cache: Cache
-    last: Int32[Array, " R"]
-    active: Bool[Array, " R"]
-    tokens: Int32[Array, "R max_new_tokens"]
-    num_tokens: Int32[Array, " R"]
+from jaxattn.models.decoder import Params, abstract_params, init_cache
 
 
 @dataclass(slots=True)
@@ -62,15 +35,9 @@ class Programs:
     compiled: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)
 
     def score(self, bucket: Bucket, *, implementation: str = "auto") -> Callable:
-        """The program `(params, batch) -> [T, V] logits` of every token, without a cache."""
-
-        def score(params: Params, batch: RaggedBatch) -> Float[Array, "T V"]:
-            metadata = self._metadata(batch)
-            hidden, _ = forward(params, self.config, batch.token_ids, metadata, implementation=implementation)
-            return unembed(params, hidden)
-
+        """The program `(params, batch) -> logits` of `steps.score`."""
         return self._compile(
-            ("score", bucket, implementation), score, (self._abstract_params(), abstract_batch(bucket))
+            steps.score, self._params(), abstract_batch(bucket), implementation=implementation
         )
 
     def prefill(
@@ -82,27 +49,14 @@ class Programs:
         decode_seqs: int,
         implementation: str = "auto",
     ) -> Callable:
-        """The program `(params, cache, batch) -> (logits, cache, batch)` of a prompt.
-
-        It returns the logits of each sequence's last token, `[decode_seqs, V]`, the cache, and the
-        batch in the decode bucket with every sequence quiet, for the decode loop to go on from.
-        """
-
-        def prefill(params: Params, cache: Cache, batch: RaggedBatch) -> tuple[Array, Cache, RaggedBatch]:
-            logits, cache = self._last_logits(params, cache, batch, decode_seqs, implementation)
-            quiet = jnp.zeros(bucket.seqs, bool)
-            none = jnp.zeros(bucket.seqs, jnp.int32)
-            return logits, cache, advance(batch, none, active=quiet, bucket=bucket.decode(decode_seqs))
-
+        """The program `(params, cache, batch) -> (logits, cache, batch)` of `steps.prefill`."""
         return self._compile(
-            ("prefill", bucket, page_size, num_pages, decode_seqs, implementation),
-            prefill,
-            (
-                self._abstract_params(),
-                self._abstract_cache(num_pages, page_size),
-                abstract_batch(bucket, page_size),
-            ),
-            donate=(1,),
+            steps.prefill,
+            self._params(),
+            self._cache(num_pages, page_size),
+            abstract_batch(bucket, page_size),
+            decode_seqs=decode_seqs,
+            implementation=implementation,
         )
 
     def decode(
@@ -116,94 +70,48 @@ class Programs:
         top_k: int | None = None,
         implementation: str = "auto",
     ) -> Callable:
-        """The decode loop, from prefill's results to new tokens, in one program.
+        """The program `(params, cache, batch, logits, key, temperature, num_new_tokens, stop_token)`.
 
-        The program takes `(params, cache, batch, logits, key, temperature, num_new_tokens,
-        stop_token)`, where `num_new_tokens <= max_new_tokens` and `stop_token` may be
-        `NO_STOP_TOKEN`, and returns `(tokens [R, max_new_tokens], how many per row [R], cache)`.
+        It returns `(tokens, how many per row, cache)`; see `steps.decode`.
         """
-
-        def decode(params, cache, batch, logits, key, temperature, num_new_tokens, stop_token):
-            def choose(logits: Array, step: Array) -> Array:
-                return sample(logits, jax.random.fold_in(key, step), temperature, greedy=greedy, top_k=top_k)
-
-            def goes_on(state: Decoding) -> Array:
-                return (state.step < num_new_tokens) & state.active.any()
-
-            def take_step(state: Decoding) -> Decoding:
-                batch = advance(state.batch, state.last, active=state.active)
-                logits, cache = self._last_logits(params, state.cache, batch, bucket.seqs, implementation)
-                return record(state._replace(batch=batch, cache=cache), choose(logits, state.step))
-
-            def record(state: Decoding, tokens: Array) -> Decoding:
-                kept = jnp.where(state.active, tokens, 0)
-                return state._replace(
-                    step=state.step + 1,
-                    last=tokens,
-                    active=state.active & (tokens != stop_token),
-                    tokens=lax.dynamic_update_slice_in_dim(state.tokens, kept[:, None], state.step, 1),
-                    num_tokens=state.num_tokens + state.active.astype(jnp.int32),
-                )
-
-            R = bucket.seqs
-            state = Decoding(
-                step=jnp.int32(0),
-                batch=batch,
-                cache=cache,
-                last=jnp.zeros(R, jnp.int32),
-                active=jnp.arange(R) < batch.num_seqs,
-                tokens=jnp.zeros((R, max_new_tokens), jnp.int32),
-                num_tokens=jnp.zeros(R, jnp.int32),
-            )
-            state = record(state, choose(logits, state.step))
-            state = lax.while_loop(goes_on, take_step, state)
-            return state.tokens, state.num_tokens, state.cache
-
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        integer = jax.ShapeDtypeStruct((), jnp.int32)
         return self._compile(
-            ("decode", bucket, page_size, num_pages, max_new_tokens, greedy, top_k, implementation),
-            decode,
-            (
-                self._abstract_params(),
-                self._abstract_cache(num_pages, page_size),
-                abstract_batch(bucket, page_size),
-                jax.ShapeDtypeStruct((bucket.seqs, self.config.vocab_size), jnp.float32),
-                jax.eval_shape(jax.random.key, 0),
-                jax.ShapeDtypeStruct((), jnp.float32),
-                scalar,
-                scalar,
-            ),
-            donate=(1,),
+            steps.decode,
+            self._params(),
+            self._cache(num_pages, page_size),
+            abstract_batch(bucket, page_size),
+            jax.ShapeDtypeStruct((bucket.seqs, self.config.vocab_size), jnp.float32),
+            jax.eval_shape(jax.random.key, 0),
+            jax.ShapeDtypeStruct((), jnp.float32),
+            integer,
+            integer,
+            max_new_tokens=max_new_tokens,
+            greedy=greedy,
+            top_k=top_k,
+            implementation=implementation,
         )
 
-    def _last_logits(
-        self, params: Params, cache: Cache, batch: RaggedBatch, num_rows: int, implementation: str
-    ) -> tuple[Array, Cache]:
-        """One step over a paged batch: the logits of each sequence's last token, and the cache."""
-        metadata = self._metadata(batch)
-        hidden, new_cache = forward(
-            params, self.config, batch.token_ids, metadata, cache, implementation=implementation
-        )
-        assert new_cache is not None
-        return unembed(params, hidden[metadata.logits_indices[:num_rows]]), new_cache
+    def _compile(self, function: Callable, *abstract_args: Any, **static: Any) -> jax.stages.Compiled:
+        """The program of a function for arguments of these shapes; a cache among them is donated."""
+        leaves, tree = jax.tree.flatten(abstract_args)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = (function.__name__, tree, shapes, tuple(static.items()))
+        if key not in self.compiled:
+            jitted = jax.jit(
+                function,
+                static_argnames=("config", *static),
+                donate_argnames="cache" if function is not steps.score else None,
+            )
+            self.compiled[key] = jitted.lower(*abstract_args, config=self.config, **static).compile()
+        return self.compiled[key]
 
-    def _metadata(self, batch: RaggedBatch) -> AttentionMetadata:
-        return prepare_metadata(batch, self.config.layer_specs())
-
-    def _abstract_params(self) -> Params:
+    def _params(self) -> Params:
         return abstract_params(self.config, self.dtype)
 
-    def _abstract_cache(self, num_pages: int, page_size: int) -> Any:
+    def _cache(self, num_pages: int, page_size: int) -> Any:
         return jax.eval_shape(
             lambda: init_cache(self.config, num_pages=num_pages, page_size=page_size, dtype=self.dtype)
         )
-
-    def _compile(
-        self, key: Hashable, function: Callable, abstract_args: tuple, donate: tuple[int, ...] = ()
-    ) -> jax.stages.Compiled:
-        if key not in self.compiled:
-            self.compiled[key] = jax.jit(function, donate_argnums=donate).lower(*abstract_args).compile()
-        return self.compiled[key]
 
 
 @dataclass(frozen=True, slots=True)
