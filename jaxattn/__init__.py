@@ -10,7 +10,7 @@ from jaxattn.batch import RaggedBatch, abstract_batch, advance, nest_sequences
 from jaxattn.buckets import Bucket, BucketGrid, powers_of_two, quarter_steps
 from jaxattn.cache import PagedKVCache, PagePool, init_cache, write_cache
 from jaxattn.checkpoints import CheckpointError, load_model, save_model
-from jaxattn.generate import compute_logits, generate
+from jaxattn.generate import compile_generation, compute_logits, generate, plan_generation
 from jaxattn.metadata import PAD_SLOT, AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, RopeConfig
 from jaxattn.spec import AttentionSpec, WindowClass
@@ -35,11 +35,13 @@ __all__ = [
     "advance",
     "attention",
     "choose_implementation",
+    "compile_generation",
     "compute_logits",
     "generate",
     "init_cache",
     "load_model",
     "nest_sequences",
+    "plan_generation",
     "powers_of_two",
     "prepare_metadata",
     "quarter_steps",

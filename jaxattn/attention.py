@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxattn import reference, triton, xla
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
+from jaxattn_kernels.triton import MAX_HEAD_DIM
 
 IMPLEMENTATIONS = {"reference": reference.attend, "xla": xla.attend, "triton": triton.attend}
 
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
-_TRITON_MAX_HEAD_DIM = 256
 _TRITON_MIN_CAPABILITY = 8.0
 
 
@@ -26,9 +28,9 @@ class Choice(NamedTuple):
 
 
 def attention(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "... K H"],
-    v: Float[Array, "... K H"],
+    q: Array | np.ndarray,
+    k: Array | np.ndarray,
+    v: Array | np.ndarray,
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     *,
@@ -37,7 +39,7 @@ def attention(
     """Attention of a ragged batch over keys in a paged cache, or packed beside the queries.
 
     Args:
-        q: Queries of all sequences, packed along one axis.
+        q: `[T, N, H]` Queries of all sequences, packed along one axis.
         k: Keys: for a batch nested with page tables, the pages `[pages, page_size, K, H]` of the
             cache, this step's keys written already; for one without, `[T, K, H]`, one per token.
         v: Values, like the keys.
@@ -52,10 +54,11 @@ def attention(
         One output per query token, in the dtype of `q`; zero for padding.
 
     Raises:
-        ValueError: If shapes, dtypes, spec and metadata disagree, or the implementation is unknown.
+        ValueError: If shapes, dtypes, spec and metadata disagree, the metadata was not prepared for
+            this layer, or the implementation is unknown.
         NotImplementedError: If the implementation cannot serve this head size or dtype.
-        KeyError: If the metadata was not prepared for this layer's window class.
     """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
     _validate(q, k, v, metadata, spec)
     if implementation == "auto":
         implementation = choose_implementation(spec, dtype=q.dtype).implementation
@@ -77,10 +80,10 @@ def choose_implementation(
     Args:
         spec: The layer.
         dtype: Element type of the queries.
-        platform: "cpu", "gpu" or "tpu"; the default backend where None.
+        platform: "cpu", "gpu" or "tpu"; that of the default device where None.
     """
-    platform = jax.default_backend() if platform is None else platform
-    if platform != "gpu":
+    platform = _default_device().platform if platform is None else platform
+    if platform not in ("gpu", "cuda"):
         return Choice("xla", f"the platform is {platform}, and the Triton kernel needs an NVIDIA GPU")
     if obstacle := _triton_obstacle(spec, dtype) or _device_obstacle():
         return Choice("xla", f"the Triton kernel cannot serve this layer: {obstacle}")
@@ -96,17 +99,29 @@ def _triton_obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike) -> str | 
     name = jax.numpy.dtype(dtype).name
     if name not in _TRITON_DTYPES:
         return f"dtype {name} is not one of {', '.join(_TRITON_DTYPES)}"
-    if spec.head_dim > _TRITON_MAX_HEAD_DIM:
-        return f"head_dim={spec.head_dim} exceeds {_TRITON_MAX_HEAD_DIM}"
+    if spec.head_dim > MAX_HEAD_DIM:
+        return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
     return None
 
 
 def _device_obstacle() -> str | None:
     """Why the present GPU cannot run the kernel; None where it can or where none is present."""
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    if capability is not None and float(capability) < _TRITON_MIN_CAPABILITY:
-        return f"the GPU's compute capability {capability} is below {_TRITON_MIN_CAPABILITY}"
-    return None
+    capability = getattr(_default_device(), "compute_capability", None)
+    if capability is None:
+        return None
+    try:
+        too_old = float(capability) < _TRITON_MIN_CAPABILITY
+    except ValueError:  # another maker's GPU
+        return f"the GPU is a {capability}, not one of NVIDIA's"
+    return f"its compute capability {capability} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
+
+
+def _default_device() -> Any:
+    """The device that programs run on unless they are told otherwise."""
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.devices()[0]
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
 
 
 def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: AttentionSpec) -> None:
@@ -118,6 +133,8 @@ def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: A
         )
     if k.shape != v.shape:
         raise ValueError(f"k.shape={k.shape} and v.shape={v.shape} must be equal")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q has dtype {q.dtype}; expected floating-point numbers")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
     heads = (spec.num_kv_heads, spec.head_dim)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int32
 from jaxattn.buckets import Bucket, BucketGrid
 
 INT32_MAX = int(np.iinfo(np.int32).max)
+INT64_MAX = int(np.iinfo(np.int64).max)
 DEFAULT_GRID = BucketGrid()
 
 
@@ -125,7 +126,8 @@ def nest_sequences(
             `context_lens + q_lens` tokens and may reserve more for later steps.
             None where keys are not paged.
         page_size: Tokens per page; given exactly when `page_tables` is.
-        num_pages: Pages of the cache, to check the tables against.
+        num_pages: Pages of the cache, to check the tables against. Without it a page that the cache
+            does not have goes unnoticed: its keys are dropped when written.
         vocab_size: Number of token ids, to check the tokens against.
         bucket: The bucket to pad to, or a grid to pick the smallest fitting one from.
 
@@ -172,7 +174,7 @@ def advance(
     """The next decode step's batch: every active sequence appends one token. Pure, on the device.
 
     Pages are not allocated here: the tables of `nest_sequences` must have reserved enough for all
-    steps to come. A token past its sequence's pages is not written to the cache.
+    steps to come. A token past its sequence's pages is not written to the cache and not seen.
 
     Args:
         batch: The last step's batch.
@@ -186,8 +188,10 @@ def advance(
         The batch of the next step.
 
     Raises:
-        ValueError: If `bucket` has more rows or other pages than the batch.
+        ValueError: If the batch has no pages, or `bucket` more rows or other pages than the batch.
     """
+    if batch.page_size is None:
+        raise ValueError("batch was nested without page_tables: there is no cache to advance in")
     bucket = batch.bucket.decode() if bucket is None else bucket
     if bucket.seqs > batch.bucket.seqs or bucket.pages != batch.bucket.pages:
         raise ValueError(
@@ -233,18 +237,24 @@ def _prefix_sums(lens: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
-    """`values` as a 1-D integer array, of any integer type."""
-    array = np.asarray(values)
+    """`values` as a 1-D array of signed integers."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name} holds rows of different lengths; expected one axis") from None
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}; expected one axis")
     if array.size == 0:
         return array.astype(np.int64)
+    beyond = array.dtype == np.uint64 and array.max() > INT64_MAX
+    if beyond or (array.dtype == object and all(isinstance(value, int) for value in array)):
+        raise ValueError(f"{name} holds {array.max()}, which is outside the range of int64")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; expected integers")
-    return array
+    return array.astype(np.int64) if array.dtype == np.uint64 else array
 
 
-def _flatten(name: str, rows: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def flatten_rows(name: str, rows: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Concatenate rows of different lengths; returns the values and the length of each row."""
     if isinstance(rows, np.ndarray) and rows.ndim == 2:
         return _integers(name, rows.reshape(-1)), np.full(rows.shape[0], rows.shape[1], np.int64)
@@ -256,14 +266,15 @@ def _flatten(name: str, rows: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, n
     if all(isinstance(row, list) for row in filled):
         # One conversion for all rows: much faster than one per row for Python lists.
         return _integers(name, np.array(list(itertools.chain.from_iterable(filled)))), lens
-    return _integers(name, np.concatenate([np.asarray(row) for row in filled])), lens
+    arrays = [_integers(f"{name}[{i}]", row) for i, row in enumerate(rows) if len(row)]
+    return np.concatenate(arrays), lens
 
 
 def _tokens_and_lens(sequences: Any, q_lens: Any) -> tuple[np.ndarray, np.ndarray]:
     if q_lens is None:
         if isinstance(sequences, np.ndarray) and sequences.ndim == 1 and sequences.dtype != object:
             raise ValueError("sequences is one flat array; give the length of each sequence as q_lens")
-        token_ids, lens = _flatten("sequences", sequences)
+        token_ids, lens = flatten_rows("sequences", sequences)
     else:
         token_ids = _integers("sequences", sequences)
         lens = _integers("q_lens", q_lens).astype(np.int64)
@@ -311,6 +322,8 @@ def _context_lens(context_lens: Any, lens: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"context_lens[{i}]={contexts[i]} plus {lens[i]} tokens exceeds int32; split the sequence"
         )
+    if (contexts + lens).sum() > INT32_MAX:
+        raise ValueError(f"{(contexts + lens).sum()} keys in all exceed int32; split the batch")
     return contexts
 
 
@@ -329,7 +342,7 @@ def _pages(
         return np.empty(0, np.int64), np.zeros_like(kv_lens)
     if page_size < 1:
         raise ValueError(f"page_size={page_size} must be at least 1")
-    pages, counts = _flatten("page_tables", page_tables)
+    pages, counts = flatten_rows("page_tables", page_tables)
     if counts.size != kv_lens.size:
         raise ValueError(f"page_tables has {counts.size} rows for {kv_lens.size} sequences")
     short = counts * page_size < kv_lens
@@ -346,7 +359,9 @@ def _pages(
 def _check_pages(pages: np.ndarray, counts: np.ndarray, page_size: int, num_pages: int | None) -> None:
     rows = np.repeat(np.arange(counts.size), counts)
     # Slots are int32 and the largest one marks padding.
-    limit = INT32_MAX // page_size if num_pages is None else num_pages
+    limit = INT32_MAX // page_size
+    if num_pages is not None:
+        limit = min(num_pages, limit)
     bad = (pages < 0) | (pages >= limit)
     if bad.any():
         at = int(bad.argmax())

@@ -51,21 +51,30 @@ def init_cache(
 
 def write_cache(
     cache: PagedKVCache,
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    slot_mapping: Int32[Array, " T"],
+    k: Float[Array, "_ _ _"],
+    v: Float[Array, "_ _ _"],
+    slot_mapping: Int32[Array, " T"] | None,
 ) -> PagedKVCache:
     """Write this step's keys and values to their slots. Pure; donate the cache to do it in place.
 
     Args:
         cache: The layer's cache.
-        k: Keys, one per query token.
-        v: Values.
+        k: `[T, K, H]` Keys, one per query token.
+        v: `[T, K, H]` Values.
         slot_mapping: Flat slot of each token; an out-of-range positive one is skipped.
 
     Returns:
         The cache with the slots written, in the cache's own dtype.
+
+    Raises:
+        ValueError: If there are no slots, or keys and values do not match them and the cache.
     """
+    if slot_mapping is None:
+        raise ValueError("slot_mapping is None: the batch was nested without page_tables")
+    expected = (*slot_mapping.shape, *cache.k_pages.shape[2:])
+    for name, array in (("k", k), ("v", v)):
+        if array.shape != expected:
+            raise ValueError(f"{name}.shape={array.shape}; these slots and this cache need {expected}")
 
     def write(pages: Array, rows: Array) -> Array:
         slots = pages.reshape(-1, *pages.shape[2:])
@@ -129,7 +138,9 @@ class PagePool:
         Raises:
             ValueError: If a page is out of range, named twice or not allocated; nothing is freed then.
         """
-        pages = np.asarray(pages, np.int32)
+        pages = np.asarray(pages)
+        if pages.dtype.kind not in "iu":
+            raise ValueError(f"pages has dtype {pages.dtype}; expected the integers that allocate gave")
         outside = pages[(pages < 0) | (pages >= self.num_pages)]
         if outside.size:
             raise ValueError(f"page {outside[0]} is out of range: the pool has pages 0..{self.num_pages - 1}")

@@ -36,7 +36,7 @@ def _decode(name: str, kv_lens: tuple[int, ...], source: str) -> Workload:
     return Workload(name, (1,) * len(kv_lens), tuple(n - 1 for n in kv_lens), source)
 
 
-_SERVING = "a serving step; the shapes of the CPU table in DESIGN.md"
+_SERVING = "a serving step: decode, prefill or a mixture, of equal and of very different lengths"
 _ODD = "odd lengths on purpose: one token, page and tile edges, one more and one less"
 
 SERVING = (

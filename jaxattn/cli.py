@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -20,7 +21,14 @@ import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
 from jaxattn.checkpoints import load_model
 from jaxattn.demo import run_demo
-from jaxattn.generate import DEFAULT_PAGE_SIZE, compute_logits, generate
+from jaxattn.generate import (
+    DEFAULT_PAGE_SIZE,
+    compile_generation,
+    compute_logits,
+    generate,
+    plan_generation,
+)
+from jaxattn.models import Programs
 from jaxattn.spec import AttentionSpec
 
 
@@ -39,16 +47,27 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if options.debug:
             raise
-        message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        print(f"jaxattn: error: {message or type(error).__name__}", file=sys.stderr)
+        _print_error(error)
         return 2
     return 0
 
 
+def _print_error(error: Exception) -> None:
+    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if not isinstance(error, ValueError | NotImplementedError) or not message:
+        message = f"{type(error).__name__}: {message} (--debug shows the traceback)"
+    print(f"jaxattn: error: {message}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Wrong usage, like any other error, is one line and status 2."""
+        self.exit(2, f"jaxattn: error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jaxattn", description="Attention over ragged, paged batches in JAX."
-    )
+    parser = _Parser(prog="jaxattn", description="Attention over ragged, paged batches in JAX.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"jaxattn {jaxattn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -80,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands, name: str, function, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary)
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    # Before or after the command: without a default here, the one given before is kept.
+    command.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
     command.set_defaults(command=function)
     return command
 
@@ -104,7 +126,20 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     prompts = _prompts(options.prompt_ids)
-    model = load_model(options.path, dtype=options.dtype)
+    plan = plan_generation(
+        [len(prompt) for prompt in prompts], options.max_new_tokens, page_size=options.page_size
+    )
+
+    def precompile(programs: Programs) -> None:
+        compile_generation(
+            programs,
+            plan,
+            greedy=options.temperature == 0,
+            top_k=options.top_k,
+            implementation=options.implementation,
+        )
+
+    model = load_model(options.path, dtype=options.dtype, precompile=precompile)
     tokens = generate(
         model,
         prompts,
@@ -125,6 +160,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _logits(options: argparse.Namespace) -> None:
     prompts = _prompts(options.prompt_ids)
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; name a file in it")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist; create it")
     model = load_model(options.path, dtype=options.dtype)
@@ -143,6 +180,7 @@ def _info(options: argparse.Namespace) -> None:
         "jaxlib": metadata.version("jaxlib"),
         "python": platform.python_version(),
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        "layer": "bfloat16, 32 query heads, 8 key/value heads, head dim 128",
         "implementation": choice.implementation,
         "reason": choice.reason,
     }

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import Progress
@@ -33,8 +34,9 @@ from jaxattn.cache import PagePool
 from jaxattn.checkpoints import load_model, save_model
 from jaxattn.generate import generate
 from jaxattn.metadata import AttentionMetadata, prepare_metadata
-from jaxattn.models import DecoderConfig, Model, forward, init_params, unembed
+from jaxattn.models import DecoderConfig, Model, forward, init_cache, init_params, unembed
 from jaxattn.models.decoder import Params, rms_norm, rope_tables, rotate
+from jaxattn.models.steps import step
 from jaxattn.viz import padding_waste, plot_schedule
 
 CONFIG = DecoderConfig(
@@ -93,7 +95,7 @@ def run_demo(out: Path, *, train_steps: int = TRAIN_STEPS) -> None:
     tokens = _generate_everywhere(console, model, prompts)
     _check_against_dense(console, model, prompts, tokens)
     _show_text(console, prompts, tokens)
-    _show_counts(console, steps=MAX_NEW_TOKENS)
+    _show_counts(console, model, batch)
     console.print(f"\nThe schedule of the prompts' batch: [bold]{picture}[/]")
 
 
@@ -245,7 +247,9 @@ def _check_against_dense(
     padded = np.zeros((len(texts), max(map(len, texts))), np.int32)
     for row, text in zip(padded, texts, strict=True):
         row[: len(text)] = text
-    likeliest = np.asarray(jax.vmap(lambda ids: dense_logits(model, ids))(jnp.asarray(padded)).argmax(-1))
+    with jax.default_matmul_precision("highest"):  # on a GPU float32 products are rounded otherwise
+        likeliest = jax.vmap(lambda ids: dense_logits(model, ids))(jnp.asarray(padded)).argmax(-1)
+    likeliest = np.asarray(likeliest)
     for i, (prompt, new) in enumerate(zip(prompts, tokens, strict=True)):
         if likeliest[i, len(prompt) - 1 : len(prompt) + len(new) - 1].tolist() != new:
             raise RuntimeError(f"prompt {i}: the dense forward pass chooses other tokens; please report this")
@@ -285,19 +289,37 @@ def _show_text(console: Console, prompts: list[np.ndarray], tokens: list[list[in
     console.rule(style="dim")
 
 
-def _show_counts(console: Console, steps: int) -> None:
-    """How often each piece of metadata was computed, and what recomputing it would have taken."""
-    layers, backends = CONFIG.num_layers, len(IMPLEMENTATIONS)
+def count_calls(jaxpr: Any, name: str) -> int:
+    """How often a jitted function is called in a program, loops counted once."""
+    return sum(
+        (equation.params.get("name") == name)
+        + sum(count_calls(inner, name) for inner in jaxprs_in_params(equation.params))
+        for equation in jaxpr.eqns
+    )
+
+
+def _show_counts(console: Console, model: Model, batch: RaggedBatch) -> None:
+    """How often a step derives its metadata, counted in its program, and what recomputing would take."""
+    layers, implementations = CONFIG.num_layers, len(IMPLEMENTATIONS)
     classes = len({spec.window_class for spec in CONFIG.layer_specs()})
-    table = Table("", "computed", "if every layer did", "and every backend", box=None)
-    for name, per_step in (
+    cache = init_cache(CONFIG, num_pages=batch.bucket.pages, page_size=PAGE_SIZE, dtype=model.programs.dtype)
+    program = jax.make_jaxpr(
+        lambda params, cache, batch: step(
+            params, cache, batch, config=CONFIG, num_rows=batch.bucket.seqs, implementation="auto"
+        )
+    )(model.params, cache, batch)
+    derived = count_calls(program.jaxpr, "_prepare")
+    table = Table("per step", "computed", "if every layer did", "and every implementation", box=None)
+    for name, pieces in (
         ("lengths and positions", 1),
         ("slots and page list", 1),
         ("visible keys, tiles", classes),
     ):
-        counts = (per_step * steps, layers * steps, backends * layers * steps)
-        table.add_row(name, *map(str, counts))
-    console.print(f"[bold]5. Metadata[/] of {steps} steps, {layers} layers, {classes} window classes:")
+        table.add_row(name, f"{pieces * derived}", f"{layers}", f"{layers * implementations}")
+    console.print(
+        f"[bold]5. Metadata:[/] derived {derived}× in the program of a step, for {layers} layers of "
+        f"{classes} window classes"
+    )
     console.print(table)
     console.print(
         "   Within one jit XLA merges plain recomputation by itself. It cannot in separate programs,\n"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.batch import DEFAULT_GRID, nest_sequences
-from jaxattn.buckets import BucketGrid, quarter_steps
+from jaxattn.batch import DEFAULT_GRID, flatten_rows, nest_sequences
+from jaxattn.buckets import Bucket, BucketGrid, quarter_steps
 from jaxattn.cache import PagePool
-from jaxattn.models import Model, init_cache
+from jaxattn.models import Model, Programs, init_cache
 from jaxattn.models.steps import NO_STOP_TOKEN
 
 DEFAULT_PAGE_SIZE = 16
@@ -34,7 +35,7 @@ def compute_logits(
         grid: The buckets to choose from.
 
     Returns:
-        One float32 array `[len(prompt), vocab_size]` per prompt.
+        One float32 array `[len(prompt), vocab_size]` per prompt; they share memory, read-only.
 
     Raises:
         ValueError: If the prompts are empty, hold an id outside the vocabulary, or fit no bucket.
@@ -43,6 +44,96 @@ def compute_logits(
     logits = model.programs.score(batch.bucket, implementation=implementation)(model.params, batch)
     ends = np.cumsum([len(prompt) for prompt in prompts])
     return np.split(np.asarray(logits)[: ends[-1]], ends[:-1])
+
+
+class GenerationPlan(NamedTuple):
+    """The static sizes of a run of `generate`, known from lengths alone.
+
+    Attributes:
+        bucket: Of the prefill.
+        decode_bucket: Of each step after it.
+        page_size: Tokens per page.
+        num_pages: Pages of the cache.
+        max_new_tokens: Room for new tokens.
+    """
+
+    bucket: Bucket
+    decode_bucket: Bucket
+    page_size: int
+    num_pages: int
+    max_new_tokens: int
+
+
+def plan_generation(
+    prompt_lens: Sequence[int] | np.ndarray,
+    max_new_tokens: int,
+    *,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    grid: BucketGrid = DEFAULT_GRID,
+) -> GenerationPlan:
+    """The sizes that prompts of these lengths will be run in.
+
+    Args:
+        prompt_lens: Tokens of each prompt.
+        max_new_tokens: Tokens to add to each.
+        page_size: Tokens per page of the cache.
+        grid: The buckets to choose from.
+
+    Raises:
+        ValueError: If a size is not a positive integer, or nothing in the grid fits.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("page_size", page_size)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    lens = np.asarray(prompt_lens, np.int64)
+    if lens.size == 0:
+        raise ValueError("prompts is empty; give at least one prompt")
+    # Pages for all new tokens are in the list from the start: decoding never returns to the host.
+    num_pages = int((-(-(lens + max_new_tokens) // page_size)).sum())
+    bucket = grid.pick(tokens=max(int(lens.sum()), 1), seqs=lens.size, pages=num_pages)
+    return GenerationPlan(
+        bucket=bucket,
+        decode_bucket=bucket.decode(min(_next_size(lens.size), bucket.seqs)),
+        page_size=page_size,
+        num_pages=_next_size(num_pages),
+        max_new_tokens=_next_size(max_new_tokens),
+    )
+
+
+def compile_generation(
+    programs: Programs,
+    plan: GenerationPlan,
+    *,
+    greedy: bool = True,
+    top_k: int | None = None,
+    implementation: str = "auto",
+) -> tuple[Callable, Callable]:
+    """The prefill and decode programs of a plan; compiled now if they were not before.
+
+    No weights are needed: give `load_model` a call of this as `precompile`, and it runs while they
+    are being read.
+
+    Args:
+        programs: Of the model.
+        plan: From `plan_generation`.
+        greedy: Whether the likeliest token is taken.
+        top_k: As of `generate`; without meaning when greedy.
+        implementation: Of the attention.
+    """
+    shared: dict[str, Any] = {
+        "page_size": plan.page_size,
+        "num_pages": plan.num_pages,
+        "implementation": implementation,
+    }
+    prefill = programs.prefill(plan.bucket, decode_seqs=plan.decode_bucket.seqs, **shared)
+    decode = programs.decode(
+        plan.decode_bucket,
+        max_new_tokens=plan.max_new_tokens,
+        greedy=greedy,
+        top_k=None if greedy else top_k,
+        **shared,
+    )
+    return prefill, decode
 
 
 def generate(
@@ -69,7 +160,7 @@ def generate(
         max_new_tokens: Tokens to add to each prompt.
         temperature: 0 takes the likeliest token; above, a draw from softmax(logits / temperature).
         top_k: Draw among this many likeliest tokens only.
-        key: Random key; required where `temperature` is above 0.
+        key: Random key, one of `jax.random.key`; required where `temperature` is above 0.
         stop_token_id: A sequence that chooses this token ends with it.
         implementation: Of the attention; see `jaxattn.attention`.
         page_size: Tokens per page of the cache.
@@ -82,69 +173,68 @@ def generate(
     Raises:
         ValueError: If an argument is out of range, or the prompts fit no bucket.
     """
-    _check_sampling(model, max_new_tokens, temperature, top_k, key, stop_token_id)
-    lens = [len(prompt) for prompt in prompts]
-    counts = [-(-(length + max_new_tokens) // page_size) for length in lens] if page_size > 0 else [0]
-    # One bucket for prefill; its page list holds what the decode loop will need as well.
-    bucket = grid.pick(tokens=max(sum(lens), 1), seqs=max(len(lens), 1), pages=sum(counts))
-    pool = PagePool(bucket.pages, page_size)
+    token_ids, lens = flatten_rows("prompts", prompts)
+    plan = plan_generation(lens, max_new_tokens, page_size=page_size, grid=grid)
+    _check_sampling(model, temperature, top_k, key, stop_token_id)
+    pool = PagePool(plan.num_pages, page_size)
     batch = nest_sequences(
-        prompts,
-        page_tables=[pool.allocate(length + max_new_tokens) for length in lens],
+        token_ids,
+        q_lens=lens,
+        page_tables=[pool.allocate(int(length) + max_new_tokens) for length in lens],
         page_size=page_size,
-        num_pages=bucket.pages,
+        num_pages=plan.num_pages,
         vocab_size=model.config.vocab_size,
-        bucket=bucket,
+        bucket=plan.bucket,
     )
-    decode_bucket = bucket.decode(_round_up(len(lens), bucket.seqs))
-    shared: dict[str, Any] = {
-        "page_size": page_size,
-        "num_pages": bucket.pages,
-        "implementation": implementation,
-    }
-    prefill = model.programs.prefill(bucket, decode_seqs=decode_bucket.seqs, **shared)
-    decode = model.programs.decode(
-        decode_bucket,
-        max_new_tokens=_round_up(max_new_tokens),
-        greedy=temperature == 0,
-        top_k=top_k,
-        **shared,
+    prefill, decode = compile_generation(
+        model.programs, plan, greedy=temperature == 0, top_k=top_k, implementation=implementation
     )
-    cache = init_cache(model.config, num_pages=bucket.pages, page_size=page_size, dtype=model.programs.dtype)
+    cache = init_cache(
+        model.config, num_pages=plan.num_pages, page_size=page_size, dtype=model.programs.dtype
+    )
     logits, cache, batch = prefill(model.params, cache, batch)
     tokens, num_tokens, _ = decode(
         model.params,
         cache,
         batch,
         logits,
-        jax.random.key(0) if key is None else key,
+        jax.random.key(0) if key is None else _typed_key(key),
         jnp.float32(temperature),
         jnp.int32(max_new_tokens),
         jnp.int32(NO_STOP_TOKEN if stop_token_id is None else stop_token_id),
     )
     tokens, num_tokens = np.asarray(tokens), np.asarray(num_tokens)
-    return [tokens[i, : num_tokens[i]].tolist() for i in range(len(lens))]
+    return [tokens[i, : num_tokens[i]].tolist() for i in range(lens.size)]
 
 
-def _round_up(n: int, largest: int | None = None) -> int:
-    """The quarter step at or above n, but no more than `largest`: few sizes, few programs."""
-    above = next(size for size in quarter_steps(1, 2 * n) if size >= n)
-    return above if largest is None else min(above, largest)
+def _next_size(n: int) -> int:
+    """The quarter step at or above n: few sizes, few programs."""
+    return next(size for size in quarter_steps(1, 2 * n) if size >= n)
+
+
+def _typed_key(key: jax.Array) -> jax.Array:
+    """A key of `jax.random.key`, of one of `jax.random.PRNGKey`, too."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    default = jax.eval_shape(jax.random.key, 0)
+    if key.dtype != default.dtype or key.shape:
+        raise ValueError(
+            f"key is {key.dtype}{list(key.shape)}; expected one {default.dtype}, as of jax.random.key"
+        )
+    return key
 
 
 def _check_sampling(
     model: Model,
-    max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     key: jax.Array | None,
     stop_token_id: int | None,
 ) -> None:
     vocab_size = model.config.vocab_size
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+    smallest, largest = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
+    if temperature != 0 and not smallest <= temperature <= largest:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy), or positive and within float32")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} draws at random; give key=jax.random.key(seed)")
     if top_k is not None and not 1 <= top_k <= vocab_size:

@@ -50,13 +50,13 @@ class VisibleKeys:
         """The schedule of a tiling.
 
         Raises:
-            KeyError: If `prepare_metadata` was not asked for it.
+            ValueError: If `prepare_metadata` was not asked for it.
         """
         for schedule in self.schedules:
             if schedule.tiling == tiling:
                 return schedule
         have = [tuple(s.tiling) for s in self.schedules]
-        raise KeyError(
+        raise ValueError(
             f"no schedule of {tiling} for {self.window_class} was prepared, only {have}; "
             "give prepare_metadata the layer's spec and implementation"
         )
@@ -107,13 +107,13 @@ class AttentionMetadata:
         """The visible keys of a window class.
 
         Raises:
-            KeyError: If `prepare_metadata` was not asked for it.
+            ValueError: If `prepare_metadata` was not asked for it.
         """
         for visible in self.visible:
             if visible.window_class == window_class:
                 return visible
         have = [tuple(v.window_class) for v in self.visible]
-        raise KeyError(
+        raise ValueError(
             f"{window_class} was not prepared, only {have}; give prepare_metadata the layer's spec"
         )
 
@@ -139,6 +139,7 @@ def prepare_metadata(
         ValueError: If an implementation is unknown.
     """
     specs = (specs,) if isinstance(specs, AttentionSpec) else tuple(specs)
+    implementations = (implementations,) if isinstance(implementations, str) else tuple(implementations)
     wanted: dict[WindowClass, dict[Tiling, None]] = {}  # ordered sets: equal inputs, equal programs
     for spec in specs:
         tilings = wanted.setdefault(spec.window_class, {})
@@ -161,7 +162,9 @@ def _prepare(
     is_real = token < cu_q_lens[-1]
     row = jnp.where(is_real, token_to_seq, 0)
     positions = jnp.where(is_real, context_lens[row] + token - cu_q_lens[row], 0)
-    kv_ends = jnp.where(is_real, kv_lens[row], 0)
+    # A sequence that outran its pages sees the keys it has a place for, never another sequence's.
+    stored_lens = _stored_lens(batch)
+    kv_ends = jnp.where(is_real, stored_lens[row], 0)
 
     visible = []
     for window_class, tilings in classes:
@@ -185,8 +188,15 @@ def _prepare(
         logits_indices=jnp.where(jnp.diff(cu_q_lens) > 0, cu_q_lens[1:] - 1, 0),
         visible=tuple(visible),
         page_size=batch.page_size,
-        **_page_fields(batch, row, positions, is_real),
+        **_page_fields(batch, stored_lens, row, positions, is_real),
     )
+
+
+def _stored_lens(batch: RaggedBatch) -> Int32[Array, " R"]:
+    """Keys of each sequence that its pages have room for: all, unless `advance` went too far."""
+    if batch.page_size is None:
+        return batch.kv_lens
+    return jnp.minimum(batch.kv_lens, jnp.diff(batch.page_indptr) * batch.page_size)
 
 
 def _visible_range(
@@ -200,7 +210,11 @@ def _visible_range(
 
 
 def _page_fields(
-    batch: RaggedBatch, row: Int32[Array, " T"], positions: Int32[Array, " T"], is_real: Array
+    batch: RaggedBatch,
+    stored_lens: Int32[Array, " R"],
+    row: Int32[Array, " T"],
+    positions: Int32[Array, " T"],
+    is_real: Array,
 ) -> dict[str, Int32[Array, "..."] | None]:
     if batch.page_size is None:
         names = ("slot_mapping", "kv_page_indptr", "kv_page_list", "kv_last_page_lens")
@@ -212,7 +226,7 @@ def _page_fields(
     page = batch.page_list[jnp.where(has_page, entry, 0)]
     slot_mapping = jnp.where(has_page, page * page_size + positions % page_size, PAD_SLOT)
     # The pages that hold keys, without the reserved ones in between.
-    kv_page_indptr = _prefix_sums((batch.kv_lens + page_size - 1) // page_size)
+    kv_page_indptr = _prefix_sums((stored_lens + page_size - 1) // page_size)
     seq = segment_of(kv_page_indptr[1:], P)
     logical = jnp.arange(P, dtype=jnp.int32) - kv_page_indptr[seq]
     live = jnp.arange(P, dtype=jnp.int32) < kv_page_indptr[-1]
@@ -221,7 +235,7 @@ def _page_fields(
         "slot_mapping": slot_mapping,
         "kv_page_indptr": kv_page_indptr,
         "kv_page_list": kv_page_list,
-        "kv_last_page_lens": jnp.where(batch.kv_lens > 0, (batch.kv_lens - 1) % page_size + 1, 1),
+        "kv_last_page_lens": jnp.where(stored_lens > 0, (stored_lens - 1) % page_size + 1, 1),
     }
 
 

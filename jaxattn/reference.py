@@ -47,7 +47,9 @@ def attend(
     k, v = jnp.where(is_live, k, 0).astype(dtype), jnp.where(is_live, v, 0).astype(dtype)
 
     T, N, H = q.shape
-    grouped = q.astype(dtype).reshape(T, spec.num_kv_heads, spec.group_size, H)
+    # Padding queries may hold anything too, and would poison gradients.
+    q_live = jnp.where((metadata.token_to_seq < metadata.kv_lens.shape[0])[:, None, None], q, 0)
+    grouped = q_live.astype(dtype).reshape(T, spec.num_kv_heads, spec.group_size, H)
     scores = spec.softmax_scale * jnp.einsum("tkgh,skh->kgts", grouped, k, precision=lax.Precision.HIGHEST)
     if spec.logits_soft_cap is not None:
         scores = spec.logits_soft_cap * jnp.tanh(scores / spec.logits_soft_cap)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -58,20 +60,19 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_q_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            _check_count(name, getattr(self, name))
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(
-                f"sliding_window={self.sliding_window} must be at least 1 (the query's own key), or None"
-            )
+        if self.sliding_window is not None:  # the query's own key counts
+            _check_count("sliding_window", self.sliding_window)
         if self.sliding_window is not None and not self.causal:
             raise ValueError("sliding_window needs causal=True: a two-sided window has no agreed meaning")
-        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
-            raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive, or None")
+        if self.logits_soft_cap is not None and not 0 < self.logits_soft_cap < math.inf:
+            raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive and finite, or None")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale} must be finite, or None")
 
     @property
     def group_size(self) -> int:
@@ -87,6 +88,11 @@ class AttentionSpec:
     def window_class(self) -> WindowClass:
         """The part of the description that visible key ranges depend on."""
         return WindowClass(self.causal, self.sliding_window)
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 def softmax_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:

@@ -122,7 +122,7 @@ def _attend_tiles(
             k_block = k.at[slots].get(mode="clip")
             # Outside the range lies another sequence's key, or NaN: 0 * NaN is NaN.
             v_block = jnp.where(in_range[:, None, None], v.at[slots].get(mode="clip"), 0)
-            scores = jnp.einsum("krh,skh->krs", q_tile, k_block, preferred_element_type=dtype)
+            scores = _product("krh,skh->krs", q_tile, k_block, dtype)
             scores = scores * spec.softmax_scale
             if spec.logits_soft_cap is not None:
                 scores = spec.logits_soft_cap * jnp.tanh(scores / spec.logits_soft_cap)
@@ -155,11 +155,15 @@ def _update(
     new_max = jnp.maximum(state.max, scores.max(axis=-1))
     rescale = jnp.exp(state.max - new_max)
     weights = jnp.where(sees[None], jnp.exp(scores - new_max[..., None]), 0)
-    values = jnp.einsum(
-        "krs,skh->krh", weights.astype(v_block.dtype), v_block, preferred_element_type=scores.dtype
-    )
+    values = _product("krs,skh->krh", weights.astype(v_block.dtype), v_block, scores.dtype)
     return _Softmax(
         acc=state.acc * rescale[..., None] + values,
         max=new_max,
         total=state.total * rescale + weights.sum(axis=-1),
     )
+
+
+def _product(equation: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    # Full float32 products: on a GPU the default for float32 rounds to 10 bits of mantissa.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=dtype)

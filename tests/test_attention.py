@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -268,14 +270,25 @@ class TestValidation:
         with pytest.raises(ValueError, match="one dtype"):
             self.attend(k=self.k.astype(jnp.bfloat16))
 
+    def test_integers(self):
+        with pytest.raises(ValueError, match="q has dtype int32; expected floating-point"):
+            self.attend(q=self.q.astype(int), k=self.k.astype(int))
+
+    @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+    def test_numpy_arrays_are_welcome(self, implementation):
+        out = self.attend(
+            q=np.ones(self.q.shape, "f"), k=np.ones(self.k.shape, "f"), implementation=implementation
+        )
+        assert isinstance(out, jax.Array)
+
     def test_window_class_that_was_not_prepared(self):
         spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, sliding_window=3)
-        with pytest.raises(KeyError, match=r"sliding_window=3.*was not prepared"):
+        with pytest.raises(ValueError, match=r"sliding_window=3.*was not prepared"):
             self.attend(spec=spec)
 
     def test_schedule_that_was_not_prepared(self):
         metadata = prepare_metadata(self.batch, self.spec, implementations=("triton",))
-        with pytest.raises(KeyError, match="was prepared, only"):
+        with pytest.raises(ValueError, match="was prepared, only"):
             self.attend(metadata=metadata, implementation="xla")
 
     def test_head_dim_that_no_kernel_serves(self):
@@ -295,8 +308,20 @@ class TestChoice:
         assert choice.implementation == "xla"
         assert "platform is cpu" in choice.reason
 
-    def test_gpu(self):
-        assert choose_implementation(self.spec, platform="gpu").implementation == "triton"
+    @pytest.mark.parametrize("platform", ["gpu", "cuda"])
+    def test_gpu(self, platform):
+        assert choose_implementation(self.spec, platform=platform).implementation == "triton"
+
+    @pytest.mark.parametrize(
+        ("capability", "reason"), [("7.5", "7.5 is below 8.0"), ("gfx90a", "a gfx90a, not one of NVIDIA's")]
+    )
+    def test_gpu_that_the_kernel_does_not_serve(self, monkeypatch, capability, reason):
+        device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+        module = importlib.import_module("jaxattn.attention")  # the package exports a function of this name
+        monkeypatch.setattr(module, "_default_device", lambda: device)
+        choice = choose_implementation(self.spec)
+        assert choice.implementation == "xla"
+        assert reason in choice.reason
 
     def test_gpu_with_a_dtype_no_kernel_serves(self):
         choice = choose_implementation(self.spec, platform="gpu", dtype="float64")
@@ -308,3 +333,89 @@ class TestChoice:
         np.testing.assert_array_equal(
             run_packed(problem, self.spec, "auto"), run_packed(problem, self.spec, "xla")
         )
+
+
+def test_triton_with_64_bit_types_enabled():
+    problem = Problem.draw(ODD[3], TestChoice.spec)
+    expected, _ = run_paged(problem, TestChoice.spec, 16, "triton")
+    with jax.enable_x64(True):
+        compiled_attention.cache_clear()
+        got, _ = run_paged(problem, TestChoice.spec, 16, "triton")
+    compiled_attention.cache_clear()
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_float32_products_are_full(implementation):
+    spec = TestChoice.spec
+    batch = nest_workload(ODD[0], bucket=Bucket(160, 8))
+    q, k = jnp.zeros((160, 4, 64)), jnp.zeros((160, 2, 64))
+    lowered = compiled_attention(spec, implementation).lower(q, k, k, prepare_metadata(batch, spec)).as_text()
+    products = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert products
+    assert all("HIGHEST" in line for line in products)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+def test_permuting_sequences_permutes_outputs(implementation):
+    """Law 2, and law 8: a sequence's bits do not depend on the others, nor on its place."""
+    spec = make_spec("gqa", 7, None, 64)
+    problem = Problem.draw(ODD[3], spec)
+    order = [3, 0, 4, 2, 1]
+    q_lens, context_lens = (tuple(x[i] for i in order) for x in (ODD[3].q_lens, ODD[3].context_lens))
+    q, k, v = ([x[i] for i in order] for x in (problem.q, problem.k, problem.v))
+    permuted = Problem(Workload("permuted", q_lens, context_lens, ""), q, k, v)
+    out, _ = run_paged(problem, spec, 16, implementation)
+    out_permuted, _ = run_paged(permuted, spec, 16, implementation)
+    rows = np.split(out, np.cumsum(ODD[3].q_lens)[:-1])
+    expected = np.concatenate([rows[i] for i in order])
+    if implementation == "reference":  # it sums over one key axis of all sequences
+        np.testing.assert_allclose(out_permuted, expected, rtol=0, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(out_permuted, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+def test_grouped_heads_are_repeated_heads(implementation):
+    """Law 3."""
+    grouped, repeated = (
+        make_spec("gqa", None, None, 64),
+        AttentionSpec(num_q_heads=6, num_kv_heads=6, head_dim=64),
+    )
+    problem = Problem.draw(ODD[3], grouped)
+    k, v = ([np.repeat(x, 3, axis=1) for x in rows] for rows in (problem.k, problem.v))
+    as_mha = Problem(ODD[3], problem.q, k, v)
+    got, _ = run_paged(problem, grouped, 16, implementation)
+    expected, _ = run_paged(as_mha, repeated, 16, implementation)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("cut", [1, 37, 69])
+def test_a_prefill_in_two_chunks_is_one_prefill(cut, implementation):
+    """Law 4."""
+    spec = make_spec("gqa", 20, None, 64)
+    whole = Problem.draw(Workload("whole", (70,), (0,), ""), spec)
+    first = Problem(
+        Workload("first", (cut,), (0,), ""), [whole.q[0][:cut]], [whole.k[0][:cut]], [whole.v[0][:cut]]
+    )
+    second = Problem(Workload("second", (70 - cut,), (cut,), ""), [whole.q[0][cut:]], whole.k, whole.v)
+    chunks = [run_paged(problem, spec, 16, implementation)[0] for problem in (first, second)]
+    expected, _ = run_paged(whole, spec, 16, implementation)
+    np.testing.assert_allclose(np.concatenate(chunks), expected, rtol=0, atol=2e-6)
+
+
+def test_gradients_of_poisoned_padding_are_zero():
+    """Law 7, on the differentiable implementation."""
+    spec = make_spec("gqa", None, None, 64)
+    problem = Problem.draw(ODD[0], spec)
+    metadata = prepare_metadata(nest_workload(ODD[0], bucket=Bucket(160, 8)), spec)
+    qkv = [jnp.asarray(problem.packed(x, 160)) for x in (problem.q, problem.k, problem.v)]
+
+    def total(q, k, v):
+        return attention(q, k, v, metadata, spec, implementation="reference")[:148].sum()
+
+    gradients = jax.grad(total, argnums=(0, 1, 2))(*qkv)
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(gradient[148:], 0)

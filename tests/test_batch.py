@@ -85,6 +85,9 @@ def test_picks_the_smallest_bucket():
         ([[1]] * 5, {"bucket": BUCKET}, "seqs=5 exceeds bucket.seqs=4"),
         ([[1, 2]], {"bucket": Bucket(4, 4, max_q_len=1)}, "max_q_len=2 exceeds bucket.max_q_len=1"),
         ([[1] * 40000], {}, "tokens=40000 exceeds the grid's largest size"),
+        ([[10**23]], {}, "holds 100000000000000000000000, which is outside the range of int64"),
+        ([np.array([2**64 - 1], np.uint64)], {}, "holds 18446744073709551615, which is outside the range"),
+        ([[1], [2, 3]], {"q_lens": [1, 2]}, "rows of different lengths"),
         ([[1, 2]], {"context_lens": [3]}, r"context_lens\[0\]=3 needs a paged cache"),
     ],
 )
@@ -115,6 +118,8 @@ def test_refuses_what_is_no_integer(sequences):
         ({"context_lens": [2, 0]}, "context_lens has 2 entries for 3 sequences"),
         ({"context_lens": [2, -1, 5]}, r"context_lens\[1\]=-1 must not be negative"),
         ({"context_lens": [2, 0, 2**31 - 2]}, r"context_lens\[2\]=2147483646 plus 2 tokens exceeds int32"),
+        ({"context_lens": [2**30] * 3, "page_size": 2**30}, "keys in all exceed int32"),
+        ({"page_tables": [[2**28, 2], [0], [4, 5]], "num_pages": 2**31, "page_size": 16}, "out of range"),
         ({"page_size": None}, "page_tables and page_size belong together"),
         ({"page_tables": None}, "page_tables and page_size belong together"),
         ({"page_size": 0}, "page_size=0 must be at least 1"),
@@ -162,6 +167,16 @@ def test_advance_into_fewer_rows():
     batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
     step = advance(batch, jnp.array([10, 11, 12, 99], jnp.int32), bucket=BUCKET.decode(3))
     np.testing.assert_array_equal(step.kv_lens, [6, 2, 8])
+
+
+def test_advance_needs_pages():
+    with pytest.raises(ValueError, match="nested without page_tables"):
+        advance(nest_sequences(SEQUENCES, bucket=BUCKET), jnp.zeros(4, jnp.int32))
+
+
+def test_mixed_integer_types():
+    batch = nest_sequences([np.array([3], np.int64), np.array([4], np.uint64)])
+    np.testing.assert_array_equal(batch.token_ids[:2], [3, 4])
 
 
 @pytest.mark.parametrize("bucket", [Bucket(5, 5, 8), Bucket(4, 4, 9)])

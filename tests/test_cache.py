@@ -25,6 +25,19 @@ def test_write_casts_to_the_caches_dtype():
     assert write_cache(cache, ones, ones, jnp.array([1], jnp.int32)).k_pages.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(("shape", "slots"), [((3, 1, 4), [0, 1, 2]), ((1, 2, 4), [0, 1, 2])])
+def test_write_refuses_to_broadcast(shape, slots):
+    cache = init_cache(num_pages=3, page_size=2, num_kv_heads=2, head_dim=4, dtype="float32")
+    with pytest.raises(ValueError, match=r"k.shape=.*; these slots and this cache need \(3, 2, 4\)"):
+        write_cache(cache, jnp.ones(shape), jnp.ones(shape), jnp.array(slots, jnp.int32))
+
+
+def test_write_needs_slots():
+    cache = init_cache(num_pages=3, page_size=2, num_kv_heads=2, head_dim=4, dtype="float32")
+    with pytest.raises(ValueError, match="nested without page_tables"):
+        write_cache(cache, jnp.ones((1, 2, 4)), jnp.ones((1, 2, 4)), None)
+
+
 def test_donated_cache_is_written_in_place():
     cache = init_cache(num_pages=3, page_size=2, num_kv_heads=1, head_dim=4, dtype="float32")
     ones = jnp.ones((1, 1, 4))
@@ -62,7 +75,12 @@ def test_refuses_when_full_and_takes_nothing():
 
 @pytest.mark.parametrize(
     ("pages", "message"),
-    [([5], "page 5 is out of range"), ([0, 0], "names a page twice"), ([2], "page 2 is not allocated")],
+    [
+        ([0.5], "pages has dtype float64"),
+        ([5], "page 5 is out of range"),
+        ([0, 0], "names a page twice"),
+        ([2], "page 2 is not allocated"),
+    ],
 )
 def test_refuses_to_free(pages, message):
     pool = PagePool(num_pages=3, page_size=16)

@@ -61,9 +61,13 @@ def test_sampling_options(path, capsys):
     assert draw("0") != draw("1")
 
 
-def test_dtype(path, capsys):
-    assert run(["generate", path, *PROMPT_OPTIONS, "--max-new-tokens", "2", "--dtype", "bfloat16"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(PROMPTS)
+def test_dtype(model, path, tmp_path):
+    out = tmp_path / "logits.npz"
+    assert run(["logits", path, *PROMPT_OPTIONS, "--dtype", "bfloat16", "--out", str(out)]) == 0
+    low = jax.tree.map(lambda x: x.astype("bfloat16"), model.params)
+    with np.load(out) as arrays:
+        expected = compute_logits(Model.from_params(CONFIG, low), PROMPTS)
+        np.testing.assert_array_equal(arrays["logits_2"], expected[2])
 
 
 def test_logits(model, path, tmp_path):
@@ -94,7 +98,7 @@ def test_info(capsys):
             ["--prompt-ids", "1", "--prompt-ids", "61"],
             "sequences[1][0]=61 is a token id outside the vocabulary",
         ),
-        (["--prompt-ids", "1", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--prompt-ids", "1", "--max-new-tokens", "0"], "max_new_tokens=0 must be an integer"),
         (["--prompt-ids", "1", "--dtype", "int8"], "int8"),
         (["--prompt-ids", "1", "--page-size", "0"], "page_size=0"),
     ],
@@ -124,10 +128,22 @@ def test_debug_shows_the_traceback(tmp_path):
         run(["generate", str(tmp_path / "none"), "--prompt-ids", "1", "--max-new-tokens", "2", "--debug"])
 
 
-def test_wrong_usage_exits_with_status_2(capsys):
+def test_wrong_usage_is_one_line_and_status_2(capsys):
     with pytest.raises(SystemExit, match="2"):
         run(["generate", "somewhere"])
-    assert "required" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "required" in error
+    assert error.count("\n") == 1
+
+
+def test_debug_before_the_command(tmp_path):
+    with pytest.raises(ValueError, match="none"):
+        run(["--debug", "logits", str(tmp_path / "none"), "--prompt-ids", "1", "--out", str(tmp_path / "x")])
+
+
+def test_output_that_is_a_folder(tmp_path, capsys):
+    assert run(["logits", "nowhere", "--prompt-ids", "1", "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
 
 
 def test_as_a_program(path):

@@ -1,13 +1,24 @@
 """Generation and scoring of a small random decoder, on every backend."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import BucketGrid, DecoderConfig, Model, compute_logits, generate
-from jaxattn.models import forward, init_params
+from jaxattn import (
+    BucketGrid,
+    DecoderConfig,
+    Model,
+    compile_generation,
+    compute_logits,
+    generate,
+    plan_generation,
+)
+from jaxattn.models import Programs, forward, init_params
+from jaxattn.models.sampling import sample
 
 CONFIG = DecoderConfig(
     vocab_size=97,
@@ -96,6 +107,36 @@ def test_sampling(model):
     assert draw(0, PROMPTS[:1]) == draw(0)[:1], "a row's draw does not depend on the rows after it"
 
 
+def test_raw_keys(model):
+    draw = functools.partial(generate, model, PROMPTS, NEW, temperature=1.0)
+    assert draw(key=jax.random.PRNGKey(3)) == draw(key=jax.random.key(3))
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e38])
+def test_extreme_temperatures(model, temperature):
+    drawn = generate(model, PROMPTS, 4, temperature=temperature, top_k=5, key=jax.random.key(0))
+    assert (drawn == generate(model, PROMPTS, 4)) == (temperature < 1)
+
+
+def test_top_k_keeps_exactly_k_of_equal_logits():
+    keys = jax.random.split(jax.random.key(0), 50)
+    draw = functools.partial(sample, jnp.zeros((1, 9)), temperature=jnp.float32(1), greedy=False, top_k=2)
+    assert len({int(draw(key)[0]) for key in keys}) == 2
+
+
+def test_one_flat_prompt(model):
+    with pytest.raises(TypeError, match="prompts must hold one list or 1-D array per sequence"):
+        generate(model, [1, 2, 3], 2)
+
+
+def test_programs_compiled_ahead_are_those_that_run(model):
+    programs = Programs(model.config, model.programs.dtype)
+    compile_generation(programs, plan_generation([len(p) for p in PROMPTS], NEW))
+    compiled = set(programs.compiled)
+    generate(Model(model.config, model.params, programs), PROMPTS, NEW)
+    assert set(programs.compiled) == compiled
+
+
 def test_top_k_draws_among_the_likeliest(model):
     prompt = [1, 2, 3]
     likeliest = np.argsort(compute_logits(model, [prompt])[0][-1])[-3:]
@@ -118,15 +159,18 @@ def test_low_precision(model):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([], {}, "sequences is empty"),
+        ([], {}, "prompts is empty"),
         ([[1], []], {}, r"sequences\[1\] has length 0"),
         ([[97]], {}, r"sequences\[0\]\[0\]=97 is a token id outside the vocabulary.*vocab_size=97"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
+        ([[1]], {"temperature": float("inf"), "key": jax.random.key(0)}, "temperature=inf must be 0"),
+        ([[1]], {"temperature": 1e-40, "key": jax.random.key(0)}, "temperature=1e-40 must be 0"),
+        ([[1]], {"temperature": 1.0, "key": jax.random.key(0, impl="rbg")}, "expected one key"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0 must be 0"),
         ([[1]], {"temperature": 1.0}, "give key="),
         ([[1]], {"top_k": 98}, "top_k=98 must lie between 1 and vocab_size=97"),
         ([[1]], {"stop_token_id": 97}, "stop_token_id=97 must lie between"),
-        ([[1]], {"page_size": 0}, "page_size=0"),
+        ([[1]], {"page_size": 0}, "page_size=0 must be an integer of at least 1"),
         ([[1] * 50], {"grid": BucketGrid(tokens=(16, 32))}, "tokens=50 exceeds the grid's largest size 32"),
         ([[1]], {"implementation": "x"}, "unknown implementation='x'"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxattn import PAD_SLOT, AttentionSpec, Bucket, advance, nest_sequences, prepare_metadata
+from jaxattn import PAD_SLOT, AttentionSpec, Bucket, advance, attention, nest_sequences, prepare_metadata
 from jaxattn.schedule import Tiling, schedule_tiles, tile_bound, tiling_for
 from jaxattn.spec import WindowClass
 
@@ -181,6 +181,26 @@ def test_a_token_past_the_reserved_pages_has_no_slot():
     batch = nest_sequences([[1] * 4], page_tables=[[5]], page_size=4, bucket=Bucket(4, 1, 2))
     m = prepare_metadata(advance(batch, jnp.zeros(1, jnp.int32)), SPECS)
     np.testing.assert_array_equal(m.slot_mapping, [PAD_SLOT])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+def test_a_sequence_past_its_pages_sees_no_other_sequence(implementation):
+    tables = {"page_tables": [[0], [1]], "page_size": 2, "num_pages": 2}
+    batch = nest_sequences([[1, 1], [1]], **tables, bucket=Bucket(4, 2, 2))
+    batch = advance(batch, jnp.zeros(2, jnp.int32))  # the first sequence has no room for it
+    m = prepare_metadata(batch, SPECS[0])
+    np.testing.assert_array_equal(m.kv_page_indptr, [0, 1, 2])
+    q, k = jnp.ones((2, 4, 16)), jnp.zeros((2, 2, 2, 16))
+    v = jnp.stack([jnp.full((2, 2, 16), 3.0), jnp.full((2, 2, 16), 5.0)])  # a value per sequence
+    out = attention(q, k, v, m, SPECS[0], implementation=implementation)
+    np.testing.assert_allclose(out[0], 3.0)
+    np.testing.assert_allclose(out[1], 5.0)
+
+
+@pytest.mark.parametrize("implementations", ["xla", iter(["xla"])])
+def test_every_spec_gets_the_schedules_asked_for(implementations):
+    m = prepare_metadata(nest_sequences([[1]]), SPECS, implementations=implementations)
+    assert [len(visible.schedules) for visible in m.visible] == [1, 1, 1]
 
 
 def test_unknown_implementation():

@@ -24,10 +24,12 @@ def test_is_static():
     ("changes", "message"),
     [
         ({"num_q_heads": 6, "num_kv_heads": 4}, "num_q_heads=6 must be a multiple of num_kv_heads=4"),
-        ({"num_kv_heads": 0}, "num_kv_heads=0 must be at least 1"),
-        ({"head_dim": 0}, "head_dim=0 must be at least 1"),
-        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be an integer of at least 1"),
+        ({"head_dim": 0}, "head_dim=0 must be an integer of at least 1"),
+        ({"sliding_window": 0}, "sliding_window=0 must be an integer of at least 1"),
         ({"sliding_window": 4, "causal": False}, "sliding_window needs causal=True"),
+        ({"scale": float("nan")}, "scale=nan must be finite"),
+        ({"logits_soft_cap": float("inf")}, "logits_soft_cap=inf must be positive and finite"),
         ({"logits_soft_cap": 0.0}, "logits_soft_cap=0.0 must be positive"),
     ],
 )

@@ -1,7 +1,8 @@
 """Hugging Face's config.json, in the dialects of transformers 4 and 5, as a DecoderConfig.
 
-A key means what Hugging Face's torch models make of it. What the decoder does not compute is
-refused by name, never ignored.
+A key means what Hugging Face's torch models make of it, and two keys of other families are followed
+where a Llama has them: `layer_types` with `sliding_window`, and `attn_logit_softcapping`. What the
+decoder does not compute is refused by name, never ignored.
 """
 
 from __future__ import annotations

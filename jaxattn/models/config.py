@@ -65,8 +65,8 @@ class DecoderConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.sliding_windows:
-            object.__setattr__(self, "sliding_windows", (None,) * self.num_layers)
+        windows = tuple(self.sliding_windows) or (None,) * self.num_layers
+        object.__setattr__(self, "sliding_windows", windows)  # hashable, whatever sequence was given
         if len(self.sliding_windows) != self.num_layers:
             raise ValueError(f"sliding_windows={self.sliding_windows} must have one entry per layer")
         if self.head_dim % 2:

@@ -24,13 +24,14 @@ def sample(
         key: Of this step.
         temperature: Divides the logits; unread when greedy.
         greedy: Take the likeliest token.
-        top_k: Draw among this many likeliest tokens only, or None for all.
+        top_k: Draw among exactly this many likeliest tokens, or None for all.
     """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if top_k is not None:
-        smallest_kept = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
+    # Among vocabulary entries or, in order of their logits, among the likeliest ones.
+    likeliest, ids = (logits, None) if top_k is None else jax.lax.top_k(logits, top_k)
+    scaled = (likeliest - likeliest.max(axis=-1, keepdims=True)) / temperature
     rows = jnp.arange(logits.shape[0], dtype=jnp.uint32)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
-    return jax.vmap(jax.random.categorical)(keys, logits / temperature).astype(jnp.int32)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+    return drawn if ids is None else jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]

@@ -27,6 +27,7 @@ NEG = -1e30
 # The narrowest operand of a tensor-core product.
 MIN_DOT = 16
 MAX_HEAD_DIM = 256
+"""The largest head that the kernel serves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,13 +220,13 @@ def _attend_tile(
     (T, N, H), K = q_ref.shape, k_ref.shape[1]
     G = N // K
     head_block = _block(H)
-    r = jnp.arange(block_rows)
+    r = jnp.arange(block_rows, dtype=jnp.int32)
     token = r // G
     row_ok = (token < q_len) & (r < block_q * G)
     q_row = jnp.where(row_ok, q_start + token, T)
     q_head = head * G + r % G
     # A plain arange: a masked index here would turn 128-bit loads into 16-bit ones.
-    d = jnp.arange(head_block)
+    d = jnp.arange(head_block, dtype=jnp.int32)
 
     def mask_2d(rows_ok):
         in_head = None if head_block == H else (d < H)[None, :]
@@ -253,7 +254,7 @@ def _attend_tile(
 
     def attend_block(j, state, masked):
         acc, row_max, total = state
-        positions = j * block_k + jnp.arange(block_k)
+        positions = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
         ok = positions < tile_end if masked else positions >= 0
         if masked and windowed:
             ok &= positions >= tile_start
@@ -278,9 +279,9 @@ def _attend_tile(
         return acc * rescale[:, None] + pv, new_max, total * rescale + p.sum(axis=1)
 
     # Blocks that every live row sees whole need no mask: [all_begin, all_end) of [begin, stop).
-    begin, stop = tile_start // block_k, pl.cdiv(tile_end, block_k)
+    begin, stop = tile_start // block_k, (tile_end + block_k - 1) // block_k
     all_end = jnp.min(jnp.where(row_ok, end, tile_end)) // block_k
-    all_begin = pl.cdiv(jnp.max(first), block_k) if windowed else begin
+    all_begin = (jnp.max(first) + block_k - 1) // block_k if windowed else begin
     all_begin = jnp.clip(all_begin, begin, stop)
     all_end = jnp.clip(all_end, all_begin, stop)
 
