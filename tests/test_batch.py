@@ -186,7 +186,7 @@ def test_advance_refuses_a_bucket_that_cannot_follow(bucket):
         advance(batch, jnp.zeros(4, jnp.int32), bucket=bucket)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_advancing_equals_nesting_again(data):
     """Law 4: any number of device steps, over any page crossings, equals nesting on the host."""

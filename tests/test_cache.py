@@ -47,7 +47,7 @@ def test_donated_cache_is_written_in_place():
     assert cache.k_pages.is_deleted()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40))
 def test_a_page_is_never_handed_out_twice(actions):
     pool = PagePool(num_pages=12, page_size=4)

@@ -45,7 +45,7 @@ def nest(case):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(paged_batches())
 def test_fields(case):
     q_lens, contexts, page_size, tables = case
@@ -88,7 +88,7 @@ def test_fields(case):
         equal(visible.kv_end, [end(*t) for t in tokens], 0, T)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(paged_batches())
 def test_every_token_stands_in_one_tile(case):
     """Law 6, with the ranges that a tile needs; padding tokens have tiles without keys, last."""
@@ -115,7 +115,7 @@ def check_tiles(m, visible, tiles, covered):
         assert (int(tiles.seq[i]) == BUCKET.seqs) == (i >= attending)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 60))
 def test_tile_bound(q_lens, min_q, slack):
     block_q = 2 * min_q + 3
