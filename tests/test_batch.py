@@ -31,7 +31,7 @@ def test_is_one_leaf_of_the_buckets_size():
     (leaf,) = jax.tree.leaves(batch)
     assert leaf.dtype == jnp.int32
     assert leaf.shape == jax.tree.leaves(abstract_batch(BUCKET, 4))[0].shape
-    assert leaf.size == 1 + 12 + 5 + 4 + 5 + 8
+    assert leaf.size == 1 + 12 + 5 + 4 + 4 + 4 + 5 + 8
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_picks_the_smallest_bucket():
         ([[1, -2]], {}, r"sequences\[0\]\[1\]=-2 is a token id outside the range of int32"),
         ([[2**31 + 5]], {}, r"sequences\[0\]\[0\]=2147483653 is a token id outside"),
         (np.arange(4), {}, "give the length of each sequence as q_lens"),
-        (np.arange(4), {"q_lens": [3]}, "q_lens sum to 3, but sequences holds 4 tokens"),
+        (np.arange(4), {"q_lens": [3]}, "q_lens sum to 3, but sequences holds 4 entries"),
         (np.arange(4), {"q_lens": [5, -1]}, r"sequences\[1\] has length -1"),
         ([[1] * 13], {"bucket": BUCKET}, "tokens=13 exceeds bucket.tokens=12"),
         ([[1]] * 5, {"bucket": BUCKET}, "seqs=5 exceeds bucket.seqs=4"),
@@ -157,7 +157,7 @@ def test_advance_appends_one_token():
 
 def test_advance_leaves_inactive_rows_quiet():
     batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
-    step = advance(batch, jnp.array([10, 11, 12, 99], jnp.int32), active=jnp.array([True, False, True, True]))
+    step = advance(batch, jnp.array([10, 11, 12, 99], jnp.int32), q_lens=jnp.array([1, 0, 1, 1]))
     np.testing.assert_array_equal(step.token_ids, [10, 12, 0, 0])
     np.testing.assert_array_equal(step.cu_q_lens, [0, 1, 1, 2, 2])
     np.testing.assert_array_equal(step.kv_lens, [6, 1, 8, 0])

@@ -67,7 +67,7 @@ def prefill(
     quiet = advance(
         batch,
         jnp.zeros(R, jnp.int32),
-        active=jnp.zeros(R, bool),
+        q_lens=jnp.zeros(R, jnp.int32),
         bucket=batch.bucket.decode(decode_seqs),
     )
     return logits, cache, quiet
@@ -164,7 +164,7 @@ def decode(
         return (state.num_steps < num_new_tokens) & state.active.any()
 
     def take_step(state: Decoding) -> Decoding:
-        batch = advance(state.batch, state.last, active=state.active)
+        batch = advance(state.batch, state.last, q_lens=state.active.astype(jnp.int32))
         logits, cache = step(
             params,
             state.cache,
