@@ -6,25 +6,30 @@ out = attention(q, cache.k_pages, cache.v_pages, metadata, spec)   # per layer, 
 """
 
 from jaxattn.attention import attention, choose_implementation
-from jaxattn.batch import RaggedBatch, abstract_batch, advance, nest_sequences
+from jaxattn.batch import PAD_SLOT, RaggedBatch, abstract_batch, advance, check_batch, nest_sequences
 from jaxattn.buckets import Bucket, BucketGrid, powers_of_two, quarter_steps
 from jaxattn.cache import PagedKVCache, PagePool, init_cache, write_cache
 from jaxattn.checkpoints import CheckpointError, load_model, save_model
+from jaxattn.consumers import CONSUMERS, Consumer
+from jaxattn.fields import MissingFieldError
 from jaxattn.generate import compile_generation, compute_logits, generate, plan_generation
-from jaxattn.metadata import PAD_SLOT, AttentionMetadata, prepare_metadata
+from jaxattn.metadata import AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, RopeConfig
 from jaxattn.spec import AttentionSpec, WindowClass
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CONSUMERS",
     "PAD_SLOT",
     "AttentionMetadata",
     "AttentionSpec",
     "Bucket",
     "BucketGrid",
     "CheckpointError",
+    "Consumer",
     "DecoderConfig",
+    "MissingFieldError",
     "Model",
     "PagePool",
     "PagedKVCache",
@@ -34,6 +39,7 @@ __all__ = [
     "abstract_batch",
     "advance",
     "attention",
+    "check_batch",
     "choose_implementation",
     "compile_generation",
     "compute_logits",

@@ -126,7 +126,7 @@ def _default_device() -> Any:
 
 def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: AttentionSpec) -> None:
     """Check everything that is known at trace time."""
-    T = metadata.positions.shape[0]
+    T = metadata.bucket.tokens
     if q.shape != (T, spec.num_q_heads, spec.head_dim):
         raise ValueError(
             f"q.shape={q.shape}; this batch and spec need {(T, spec.num_q_heads, spec.head_dim)}"

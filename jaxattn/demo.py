@@ -35,8 +35,9 @@ from jaxattn.checkpoints import load_model, save_model
 from jaxattn.generate import generate
 from jaxattn.metadata import AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, forward, init_cache, init_params, unembed
-from jaxattn.models.decoder import Params, rms_norm, rope_tables, rotate
+from jaxattn.models.decoder import Params, rms_norm
 from jaxattn.models.steps import step
+from jaxattn.rope import rope_tables, rotate
 from jaxattn.viz import padding_waste, plot_schedule
 
 CONFIG = DecoderConfig(

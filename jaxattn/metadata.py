@@ -2,241 +2,497 @@
 
 The result serves every backend, every layer and every window class. Called inside a model's own
 jit, the fields that nobody reads are removed by the compiler, so a superset costs no more than
-the part that is used.
+the part that is used; standing alone, it takes a selection.
+
+`AttentionMetadata` below is the table of fields: a method each, with formula, shape and meaning.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
-from jaxattn.batch import INT32_MAX, RaggedBatch
-from jaxattn.schedule import TileSchedule, Tiling, schedule_tiles, segment_of, tiling_for
+from jaxattn.batch import PAD_SLOT, RaggedBatch
+from jaxattn.buckets import Bucket
+from jaxattn.cascade import Cascade, find_cascade
+from jaxattn.consumers import CONSUMERS, Consumer, resolve_consumers
+from jaxattn.fields import MissingFieldError, Prepared, fields_of, metadata_field
+from jaxattn.rope import RopeConfig, RopeTables, rope_tables
+from jaxattn.schedule import TileSchedule, Tiling, schedule_tiles, segment_of
 from jaxattn.spec import AttentionSpec, WindowClass
 
-# The cache slot of a padding token: out of range and *positive*, so that a scatter with
-# mode="drop" skips it. A negative one would wrap around and overwrite a live slot.
-PAD_SLOT = INT32_MAX
-
-SCHEDULED = ("xla", "triton")
-"""The implementations that read a tile schedule."""
+# What a field may need to exist (`metadata_field(needs=...)`).
+PAGES = "a batch nested with page_tables"
+TABLE_WIDTH = "max_pages_per_seq and a batch nested with page_tables"
+ROPE = "specs with rope"
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VisibleKeys:
+@dataclass(frozen=True, kw_only=True)
+class VisibleKeys(Prepared):
     """What the tokens of one window class see, and the schedules to attend with.
 
     Attributes:
-        kv_start: First visible key of each token, as a position in its sequence; 0 for padding.
-        kv_end: One past the last visible key; 0 for padding, which sees none.
-        schedules: One tile schedule per distinct tiling.
+        values: The prepared fields by name.
         window_class: The class (static).
     """
 
-    kv_start: Int32[Array, " T"]
-    kv_end: Int32[Array, " T"]
-    schedules: tuple[TileSchedule, ...]
+    values: dict[str, Any]
     window_class: WindowClass = field(metadata={"static": True})
+
+    @metadata_field(also_called="k_start")
+    def kv_start(self) -> Int32[Array, " T"]:
+        """First visible key of each token, as a position in its sequence; 0 for padding."""
+        return self._step.visible_range[0]
+
+    @metadata_field(also_called="k_end")
+    def kv_end(self) -> Int32[Array, " T"]:
+        """One past the last visible key of each token; 0 for padding, which sees none."""
+        return self._step.visible_range[1]
+
+    @metadata_field()
+    def schedules(self) -> tuple[TileSchedule, ...]:
+        """Which program attends with which query tokens to which keys; one schedule per tiling."""
+        batch = self._step.step.batch
+        page_size = batch.page_size
+        return tuple(
+            schedule_tiles(
+                batch.bucket,
+                tiling,
+                cu_q_lens=self._step.step.cu_q_lens,
+                kv_start=self.kv_start,
+                kv_end=self.kv_end,
+                max_keys=batch.bucket.tokens if page_size is None else batch.bucket.pages * page_size,
+                span=self.window_class.span,
+            )
+            for tiling in self._step.tilings
+        )
+
+    @property
+    def _step(self) -> _PreparingVisible:
+        """Itself, which a formula reads only while it is being prepared."""
+        assert isinstance(self, _PreparingVisible)
+        return self
 
     def schedule(self, tiling: Tiling) -> TileSchedule:
         """The schedule of a tiling.
 
         Raises:
-            ValueError: If `prepare_metadata` was not asked for it.
+            MissingFieldError: If `prepare_metadata` was not asked for it.
         """
         for schedule in self.schedules:
             if schedule.tiling == tiling:
                 return schedule
         have = [tuple(s.tiling) for s in self.schedules]
-        raise ValueError(
-            f"no schedule of {tiling} for {self.window_class} was prepared, only {have}; "
-            "give prepare_metadata the layer's spec and implementation"
+        raise MissingFieldError(
+            f"field 'schedules' holds no {tiling} for {self.window_class}, only {have}; "
+            "give prepare_metadata the layer's spec and its consumer"
         )
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionMetadata:
-    """What a step's attention layers share. Index arrays are int32.
+@dataclass(frozen=True, kw_only=True)
+class AttentionMetadata(Prepared):
+    """What a step's attention layers share. A pytree of the fields that were prepared.
 
     Attributes:
-        num_seqs: Sequences of the batch.
-        num_tokens: Query tokens of the batch.
-        cu_q_lens: Prefix sums of query lengths; the tail repeats the last value.
-        cu_kv_lens: Prefix sums of `kv_lens`.
-        kv_lens: Keys per sequence, this step's included; 0 for a padding row.
-        context_lens: Keys cached before this step, `kv_lens - q_lens`.
-        token_to_seq: Row of each token; R for padding.
-        positions: Position of each token in its sequence; 0 for padding.
-        logits_indices: Last token of each sequence; 0, safe to gather, for a row without tokens.
-        slot_mapping: Flat cache slot of each token, `page * page_size + offset`; `PAD_SLOT` for
-            padding and past a sequence's pages. None without pages, like the fields below.
-        kv_page_indptr: Prefix sums of the pages that hold keys.
-        kv_page_list: Those pages, sequence after sequence in logical order; 0 past the end.
-        kv_last_page_lens: Keys in each sequence's last page, from 1 to `page_size`, never 0.
-        visible: One entry per distinct window class.
+        values: The prepared fields by name.
+        bucket: The batch's static sizes (static).
         page_size: Tokens per page, or None (static).
     """
 
-    num_seqs: Int32[Array, ""]
-    num_tokens: Int32[Array, ""]
-    cu_q_lens: Int32[Array, " R_plus_1"]
-    cu_kv_lens: Int32[Array, " R_plus_1"]
-    kv_lens: Int32[Array, " R"]
-    context_lens: Int32[Array, " R"]
-    token_to_seq: Int32[Array, " T"]
-    positions: Int32[Array, " T"]
-    logits_indices: Int32[Array, " R"]
-    slot_mapping: Int32[Array, " T"] | None
-    kv_page_indptr: Int32[Array, " R_plus_1"] | None
-    kv_page_list: Int32[Array, " P"] | None
-    kv_last_page_lens: Int32[Array, " R"] | None
-    visible: tuple[VisibleKeys, ...]
+    values: dict[str, Any]
+    bucket: Bucket = field(metadata={"static": True})
     page_size: int | None = field(metadata={"static": True})
+
+    @metadata_field(also_called="num_reqs")
+    def num_seqs(self) -> Int32[Array, ""]:
+        """Sequences of the batch."""
+        return self._step.batch.num_seqs
+
+    @metadata_field(also_called="num_actual_tokens")
+    def num_tokens(self) -> Int32[Array, ""]:
+        """Query tokens of the batch."""
+        return self.cu_q_lens[-1]
+
+    @metadata_field(also_called="query_start_loc, qo_indptr, cu_seqlens_q")
+    def cu_q_lens(self) -> Int32[Array, " R_plus_1"]:
+        """Prefix sums of query lengths; the tail repeats the last value."""
+        return self._step.batch.cu_q_lens
+
+    @metadata_field(also_called="extend_seq_lens")
+    def q_lens(self) -> Int32[Array, " R"]:
+        """Query tokens per sequence; 0 for a padding row."""
+        return jnp.diff(self.cu_q_lens)
+
+    @metadata_field(also_called="seq_lens, seqused_k, cache_seqlens")
+    def kv_lens(self) -> Int32[Array, " R"]:
+        """Keys per sequence, this step's included; 0 for a padding row."""
+        return self._step.batch.kv_lens
+
+    @metadata_field(also_called="cu_seqlens_k")
+    def cu_kv_lens(self) -> Int32[Array, " R_plus_1"]:
+        """Prefix sums of `kv_lens`."""
+        return _prefix_sums(self.kv_lens)
+
+    @metadata_field(also_called="num_computed_tokens")
+    def context_lens(self) -> Int32[Array, " R"]:
+        """Keys cached before this step, `kv_lens - q_lens`."""
+        return self.kv_lens - self.q_lens
+
+    @metadata_field(also_called="batch_indices, segment_ids")
+    def token_to_seq(self) -> Int32[Array, " T"]:
+        """Row of each token; R for padding."""
+        return segment_of(self.cu_q_lens[1:], self.bucket.tokens)
+
+    @metadata_field(also_called="position_ids, input_positions")
+    def positions(self) -> Int32[Array, " T"]:
+        """Position of each token in its sequence; 0 for padding."""
+        token = jnp.arange(self.bucket.tokens, dtype=jnp.int32)
+        row = self._row_of_token
+        return jnp.where(self._is_real_token, self.context_lens[row] + token - self.cu_q_lens[row], 0)
+
+    @metadata_field(also_called="logits_gather_indices")
+    def logits_indices(self) -> Int32[Array, " R"]:
+        """Last token of each sequence; 0, safe to gather, for a row without tokens."""
+        return jnp.where(self.q_lens > 0, self.cu_q_lens[1:] - 1, 0)
+
+    @metadata_field(also_called="is_prefilling, negated")
+    def is_decode(self) -> Bool[Array, " R"]:
+        """Whether each row decodes, as the caller stated it."""
+        return self._step.batch.is_decode
+
+    @metadata_field(also_called="distribution; num_decodes, num_prefills")
+    def request_distribution(self) -> Int32[Array, " 3"]:
+        """Ends of the groups of decodes, of fresh prefills and of prefills over cached context."""
+        return self._phase_groups[0]
+
+    @metadata_field(also_called="reorder_batch")
+    def decode_first_order(self) -> Int32[Array, " R"]:
+        """Rows in the order of those groups, stably; padding rows last."""
+        rank = self.decode_first_rank
+        return jnp.zeros_like(rank).at[rank].set(jnp.arange(rank.shape[0], dtype=jnp.int32))
+
+    @metadata_field()
+    def decode_first_rank(self) -> Int32[Array, " R"]:
+        """Place of each row in that order: its inverse."""
+        return self._phase_groups[1]
+
+    @metadata_field(also_called="slot_idx, mamba_state_indices")
+    def state_slots(self) -> Int32[Array, " R"]:
+        """Slot of each sequence's recurrent state; out of range, and positive, for a padding row."""
+        return self._step.batch.state_slots
+
+    @metadata_field(also_called="use_initial_states, has_initial_state")
+    def has_initial_state(self) -> Bool[Array, " R"]:
+        """Whether a sequence has a state from earlier steps, `context_lens > 0`."""
+        return self.context_lens > 0
+
+    @metadata_field(also_called="out_cache_loc, new_token_dests", needs=PAGES)
+    def slot_mapping(self) -> Int32[Array, " T"]:
+        """Flat cache slot of each token, `page * page_size + offset`; `PAD_SLOT` where it has none."""
+        batch, page_size, row = self._step.batch, self._tokens_per_page, self._row_of_token
+        entry = batch.page_indptr[row] + self.positions // page_size
+        has_page = self._is_real_token & (entry < batch.page_indptr[row + 1])
+        page = batch.page_list[jnp.where(has_page, entry, 0)]
+        return jnp.where(has_page, page * page_size + self.positions % page_size, PAD_SLOT)
+
+    @metadata_field(also_called="kv_indptr, cu_num_pages", needs=PAGES)
+    def kv_page_indptr(self) -> Int32[Array, " R_plus_1"]:
+        """Prefix sums of the pages that hold keys, reserved ones left out."""
+        return _prefix_sums((self._stored_lens + (self._tokens_per_page - 1)) // self._tokens_per_page)
+
+    @metadata_field(also_called="kv_indices, cache_loc", needs=PAGES)
+    def kv_page_list(self) -> Int32[Array, " P"]:
+        """Those pages, sequence after sequence in logical order; 0 past the end."""
+        entry = jnp.arange(self.bucket.pages, dtype=jnp.int32)
+        seq = segment_of(self.kv_page_indptr[1:], self.bucket.pages)
+        logical = entry - self.kv_page_indptr[seq]
+        page = self._step.batch.page_list[self._step.batch.page_indptr[seq] + logical]
+        return jnp.where(entry < self.kv_page_indptr[-1], page, 0)
+
+    @metadata_field(also_called="last_page_len", needs=PAGES)
+    def kv_last_page_lens(self) -> Int32[Array, " R"]:
+        """Keys in each sequence's last page, from 1 to `page_size`, never 0."""
+        return jnp.where(self._stored_lens > 0, (self._stored_lens - 1) % self._tokens_per_page + 1, 1)
+
+    @metadata_field(also_called="block_table, page_table", needs=TABLE_WIDTH)
+    def page_indices(self) -> Int32[Array, "R M"]:
+        """Rectangular page table of the pages that hold keys; 0 elsewhere."""
+        column = jnp.arange(self._step.request.max_pages_per_seq, dtype=jnp.int32)[None, :]
+        counts = jnp.diff(self.kv_page_indptr)[:, None]
+        # From the batch's own list, so that the compact one need not exist.
+        entry = self._step.batch.page_indptr[:-1, None] + column
+        return jnp.where(column < counts, self._step.batch.page_list.at[entry].get(mode="clip"), 0)
+
+    @metadata_field(needs=PAGES)
+    def cascade(self) -> Cascade:
+        """Groups of neighbouring sequences that share leading pages."""
+        seq_of_entry = segment_of(self._step.batch.page_indptr[1:], self.bucket.pages)
+        return find_cascade(self._step.batch, self._tokens_per_page, self.context_lens, seq_of_entry)
+
+    @metadata_field(also_called="cos_sin_cache, gathered", needs=ROPE)
+    def rope_tables(self) -> tuple[RopeTables, ...]:
+        """Cosines and sines `[T, H/2]` of all tokens, float32; one pair per rope of the specs."""
+        return tuple(
+            rope_tables(rope, head_dim, self.positions) for rope, head_dim in self._step.request.ropes
+        )
+
+    @metadata_field()
+    def visible(self) -> tuple[VisibleKeys, ...]:
+        """Visible ranges and schedules; one entry per distinct window class."""
+        return tuple(
+            _PreparingVisible(
+                values={}, window_class=window_class, step=self._step, tilings=tilings
+            ).prepared()
+            for window_class, tilings in self._step.request.classes
+        )
+
+    # Shared by several fields, and of no use to others.
+
+    @metadata_field()
+    def _is_real_token(self) -> Bool[Array, " T"]:
+        """Whether a token is no padding."""
+        return jnp.arange(self.bucket.tokens, dtype=jnp.int32) < self.cu_q_lens[-1]
+
+    @metadata_field()
+    def _row_of_token(self) -> Int32[Array, " T"]:
+        """Row of each token; 0, safe to gather, for padding."""
+        return jnp.where(self._is_real_token, self.token_to_seq, 0)
+
+    @metadata_field()
+    def _stored_lens(self) -> Int32[Array, " R"]:
+        """Keys that a sequence's pages have room for: all, unless `advance` outran them."""
+        if self.page_size is None:
+            return self.kv_lens
+        return jnp.minimum(self.kv_lens, jnp.diff(self._step.batch.page_indptr) * self.page_size)
+
+    @metadata_field()
+    def _phase_groups(self) -> tuple[Int32[Array, " 3"], Int32[Array, " R"]]:
+        """Ends of the groups, and the place of each row, of a stable partition by phase."""
+        row = jnp.arange(self.bucket.seqs, dtype=jnp.int32)
+        phase = jnp.where(self.is_decode, 0, jnp.where(self.context_lens == 0, 1, 2))
+        phase = jnp.where(row < self.num_seqs, phase, 3)
+        member = (phase[:, None] == jnp.arange(4)[None, :]).astype(jnp.int32)
+        counted = jnp.cumsum(member, axis=0, dtype=jnp.int32)
+        ends = jnp.cumsum(counted[-1], dtype=jnp.int32)
+        rank = (ends - counted[-1])[phase] + jnp.take_along_axis(counted, phase[:, None], axis=1)[:, 0] - 1
+        return ends[:3], rank
+
+    @property
+    def _step(self) -> _Preparing:
+        """Itself, which a formula reads only while it is being prepared."""
+        assert isinstance(self, _Preparing)
+        return self
+
+    @property
+    def _tokens_per_page(self) -> int:
+        assert self.page_size is not None
+        return self.page_size
 
     def visible_keys(self, window_class: WindowClass) -> VisibleKeys:
         """The visible keys of a window class.
 
         Raises:
-            ValueError: If `prepare_metadata` was not asked for it.
+            MissingFieldError: If `prepare_metadata` was not asked for it.
         """
         for visible in self.visible:
             if visible.window_class == window_class:
                 return visible
         have = [tuple(v.window_class) for v in self.visible]
-        raise ValueError(
-            f"{window_class} was not prepared, only {have}; give prepare_metadata the layer's spec"
+        raise MissingFieldError(
+            f"field 'visible' has no {window_class}, only {have}; give prepare_metadata the layer's spec"
         )
+
+    def rope(self, spec: AttentionSpec) -> RopeTables:
+        """The tables of a layer's rope.
+
+        Raises:
+            MissingFieldError: If `prepare_metadata` was not asked for them.
+        """
+        for tables in self.rope_tables:
+            if tables.config == spec.rope and 2 * tables.cos.shape[1] == spec.head_dim:
+                return tables
+        raise MissingFieldError(
+            f"field 'rope_tables' has none for rope={spec.rope} and head_dim={spec.head_dim}; "
+            "give prepare_metadata the layer's spec"
+        )
+
+
+class _Request(NamedTuple):
+    """What `prepare_metadata` was asked for: static and hashable.
+
+    Attributes:
+        fields: Names to prepare, of both `Prepared` classes and of `derive`.
+        classes: The distinct window classes, each with the distinct tilings wanted.
+        ropes: The distinct pairs of a rope and a head dim.
+        max_pages_per_seq: Columns of `page_indices`.
+        derive: Fields of the caller's own.
+    """
+
+    fields: tuple[str, ...]
+    classes: tuple[tuple[WindowClass, tuple[Tiling, ...]], ...]
+    ropes: tuple[tuple[RopeConfig, int], ...]
+    max_pages_per_seq: int | None
+    derive: tuple[tuple[str, Callable[[AttentionMetadata], Array]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Preparing(AttentionMetadata):
+    """The metadata while they are prepared: a field that is read is derived, once."""
+
+    batch: RaggedBatch
+    request: _Request
+
+    def _missing(self, name: str) -> Any:
+        own = dict(self.request.derive)
+        derive = own[name] if name in own else getattr(type(self), name).derive
+        self.values[name] = value = derive(self)
+        return value
+
+    def prepared(self) -> AttentionMetadata:
+        return AttentionMetadata(
+            values={name: self[name] for name in self.request.fields if name not in VISIBLE_FIELDS},
+            bucket=self.bucket,
+            page_size=self.page_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PreparingVisible(VisibleKeys):
+    """The visible keys of one class while they are prepared."""
+
+    step: _Preparing
+    tilings: tuple[Tiling, ...]
+
+    def _missing(self, name: str) -> Any:
+        self.values[name] = value = getattr(type(self), name).derive(self)
+        return value
+
+    @functools.cached_property
+    def visible_range(self) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
+        step = self.step
+        # A sequence that outran its pages sees the keys it has a place for, never another sequence's.
+        kv_ends = jnp.where(step._is_real_token, step._stored_lens[step._row_of_token], 0)
+        return self.window_class.visible_range(step.positions, kv_ends)
+
+    def prepared(self) -> VisibleKeys:
+        names = [name for name in VISIBLE_FIELDS if name in self.step.request.fields]
+        return VisibleKeys(values={name: self[name] for name in names}, window_class=self.window_class)
+
+
+METADATA_FIELDS = tuple(fields_of(AttentionMetadata))
+VISIBLE_FIELDS = tuple(fields_of(VisibleKeys))
 
 
 def prepare_metadata(
     batch: RaggedBatch,
-    specs: AttentionSpec | Iterable[AttentionSpec],
+    specs: AttentionSpec | Iterable[AttentionSpec] = (),
     *,
-    implementations: Iterable[str] = SCHEDULED,
+    consumers: str | Consumer | Iterable[str | Consumer] | None = None,
+    fields: Iterable[str] | None = None,
+    max_pages_per_seq: int | None = None,
+    derive: Mapping[str, Callable[[AttentionMetadata], Array]] | None = None,
 ) -> AttentionMetadata:
     """Derive the metadata of a batch, for all layers and backends. Pure; compiled once per bucket.
 
+    Called inside a jit, leave the selection open: what is not read is not computed. Called by
+    itself, its outputs are all computed, so name who reads them.
+
     Args:
         batch: The batch.
-        specs: The specs of all layers that will attend; equal window classes are shared.
-        implementations: The implementations to prepare schedules for. Inside a jit there is no
-            need to narrow them: what is not read is not computed.
+        specs: The specs of all layers that will attend; equal window classes and ropes are shared.
+        consumers: Who will read: names of `jaxattn.consumers.CONSUMERS`, such as "xla" or "decoder",
+            or a `Consumer` of your own. What they read is prepared, with their schedules. Default:
+            every field, and the schedules of every implementation.
+        fields: Names to prepare instead; the schedules are those of `consumers`.
+        max_pages_per_seq: Columns of the rectangular `page_indices`, at least the pages of the
+            longest sequence, whose further pages are cut off; it does not exist without.
+        derive: Fields of your own, by name: functions of the metadata, which may read any field and
+            each other. They are read as `metadata[name]`.
 
     Returns:
-        The metadata, shapes given by `batch.bucket`.
+        The metadata, shapes given by `batch.bucket`. Reading a field that was not prepared raises
+        `MissingFieldError` with its name.
 
     Raises:
-        ValueError: If an implementation is unknown.
+        ValueError: If a consumer or a field is unknown.
     """
     specs = (specs,) if isinstance(specs, AttentionSpec) else tuple(specs)
-    implementations = (implementations,) if isinstance(implementations, str) else tuple(implementations)
-    wanted: dict[WindowClass, dict[Tiling, None]] = {}  # ordered sets: equal inputs, equal programs
-    for spec in specs:
-        tilings = wanted.setdefault(spec.window_class, {})
-        for implementation in implementations:
-            if (tiling := tiling_for(implementation, spec)) is not None:
-                tilings[tiling] = None
-    classes = tuple((window_class, tuple(tilings)) for window_class, tilings in wanted.items())
-    return _prepare(batch, classes)
+    derive = dict(derive or {})
+    if consumers is None:
+        readers = tuple(CONSUMERS.values())
+    else:
+        named = (consumers,) if isinstance(consumers, str | Consumer) else tuple(consumers)
+        readers = resolve_consumers(named)
+    if fields is not None:
+        names = {*fields, *derive}
+    elif consumers is not None:
+        names = {name for reader in readers for name in reader.reads} | set(derive)
+    else:
+        names = {*METADATA_FIELDS, *VISIBLE_FIELDS, *derive}
+    request = _Request(
+        fields=_existing(names, batch, specs, max_pages_per_seq, derive),
+        classes=_window_classes(specs, readers),
+        ropes=tuple(dict.fromkeys((s.rope, s.head_dim) for s in specs if s.rope is not None)),
+        max_pages_per_seq=max_pages_per_seq,
+        derive=tuple(derive.items()),
+    )
+    return _prepare(batch, request)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _prepare(
-    batch: RaggedBatch, classes: tuple[tuple[WindowClass, tuple[Tiling, ...]], ...]
-) -> AttentionMetadata:
-    T = batch.bucket.tokens
-    cu_q_lens, kv_lens = batch.cu_q_lens, batch.kv_lens
-    context_lens = kv_lens - jnp.diff(cu_q_lens)
-    token_to_seq = segment_of(cu_q_lens[1:], T)
-    token = jnp.arange(T, dtype=jnp.int32)
-    is_real = token < cu_q_lens[-1]
-    row = jnp.where(is_real, token_to_seq, 0)
-    positions = jnp.where(is_real, context_lens[row] + token - cu_q_lens[row], 0)
-    # A sequence that outran its pages sees the keys it has a place for, never another sequence's.
-    stored_lens = _stored_lens(batch)
-    kv_ends = jnp.where(is_real, stored_lens[row], 0)
-
-    visible = []
-    for window_class, tilings in classes:
-        kv_start, kv_end = _visible_range(window_class, positions, kv_ends)
-        schedules = tuple(
-            schedule_tiles(batch.bucket, tiling, cu_q_lens=cu_q_lens, kv_start=kv_start, kv_end=kv_end)
-            for tiling in tilings
-        )
-        visible.append(
-            VisibleKeys(kv_start=kv_start, kv_end=kv_end, schedules=schedules, window_class=window_class)
-        )
-    return AttentionMetadata(
-        num_seqs=batch.num_seqs,
-        num_tokens=cu_q_lens[-1],
-        cu_q_lens=cu_q_lens,
-        cu_kv_lens=_prefix_sums(kv_lens),
-        kv_lens=kv_lens,
-        context_lens=context_lens,
-        token_to_seq=token_to_seq,
-        positions=positions,
-        logits_indices=jnp.where(jnp.diff(cu_q_lens) > 0, cu_q_lens[1:] - 1, 0),
-        visible=tuple(visible),
-        page_size=batch.page_size,
-        **_page_fields(batch, stored_lens, row, positions, is_real),
+def _prepare(batch: RaggedBatch, request: _Request) -> AttentionMetadata:
+    preparing = _Preparing(
+        values={}, bucket=batch.bucket, page_size=batch.page_size, batch=batch, request=request
     )
+    return preparing.prepared()
 
 
-def _stored_lens(batch: RaggedBatch) -> Int32[Array, " R"]:
-    """Keys of each sequence that its pages have room for: all, unless `advance` went too far."""
-    if batch.page_size is None:
-        return batch.kv_lens
-    return jnp.minimum(batch.kv_lens, jnp.diff(batch.page_indptr) * batch.page_size)
-
-
-def _visible_range(
-    window_class: WindowClass, positions: Int32[Array, " T"], kv_ends: Int32[Array, " T"]
-) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
-    """First and one past the last visible key of each token. The only definition of visibility."""
-    kv_end = jnp.minimum(positions + 1, kv_ends) if window_class.causal else kv_ends
-    if window_class.sliding_window is None:
-        return jnp.zeros_like(kv_end), kv_end
-    return jnp.maximum(kv_end - window_class.sliding_window, 0), kv_end
-
-
-def _page_fields(
+def _existing(
+    names: set[str],
     batch: RaggedBatch,
-    stored_lens: Int32[Array, " R"],
-    row: Int32[Array, " T"],
-    positions: Int32[Array, " T"],
-    is_real: Array,
-) -> dict[str, Int32[Array, "..."] | None]:
-    if batch.page_size is None:
-        names = ("slot_mapping", "kv_page_indptr", "kv_page_list", "kv_last_page_lens")
-        return dict.fromkeys(names)
-    page_size, P = batch.page_size, batch.bucket.pages
-    # A token's slot: its sequence's page for its position, dropped past the reserved pages.
-    entry = batch.page_indptr[row] + positions // page_size
-    has_page = is_real & (entry < batch.page_indptr[row + 1])
-    page = batch.page_list[jnp.where(has_page, entry, 0)]
-    slot_mapping = jnp.where(has_page, page * page_size + positions % page_size, PAD_SLOT)
-    # The pages that hold keys, without the reserved ones in between.
-    kv_page_indptr = _prefix_sums((stored_lens + page_size - 1) // page_size)
-    seq = segment_of(kv_page_indptr[1:], P)
-    logical = jnp.arange(P, dtype=jnp.int32) - kv_page_indptr[seq]
-    live = jnp.arange(P, dtype=jnp.int32) < kv_page_indptr[-1]
-    kv_page_list = jnp.where(live, batch.page_list[batch.page_indptr[seq] + logical], 0)
-    return {
-        "slot_mapping": slot_mapping,
-        "kv_page_indptr": kv_page_indptr,
-        "kv_page_list": kv_page_list,
-        "kv_last_page_lens": jnp.where(stored_lens > 0, (stored_lens - 1) % page_size + 1, 1),
+    specs: tuple[AttentionSpec, ...],
+    max_pages_per_seq: int | None,
+    derive: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """The names, sorted, without those that this batch and these specs cannot have."""
+    known = {**fields_of(AttentionMetadata), **fields_of(VisibleKeys)}
+    if unknown := sorted(names - known.keys() - derive.keys()):
+        raise ValueError(f"unknown fields {unknown}; there are {', '.join(known)}")
+    if taken := sorted(known.keys() & derive.keys()):
+        raise ValueError(f"derive={taken} would replace fields that exist; choose other names")
+    has = {
+        None: True,
+        PAGES: batch.page_size is not None,
+        TABLE_WIDTH: batch.page_size is not None and max_pages_per_seq is not None,
+        ROPE: any(spec.rope is not None for spec in specs),
     }
+    exist = {name for name in names if name in derive or has[known[name].needs]}
+    if exist & set(VISIBLE_FIELDS):
+        exist.add("visible")
+    return tuple(sorted(exist))
+
+
+def _window_classes(
+    specs: tuple[AttentionSpec, ...], readers: tuple[Consumer, ...]
+) -> tuple[tuple[WindowClass, tuple[Tiling, ...]], ...]:
+    """The distinct window classes in order, each with the distinct tilings that its readers want."""
+    wanted: dict[WindowClass, dict[Tiling, None]] = {}  # ordered sets: equal inputs, equal programs
+    for spec in specs:
+        tilings = wanted.setdefault(spec.window_class, {})
+        for reader in readers:
+            if reader.tiling is not None:
+                tilings[reader.tiling(spec)] = None
+    return tuple((window_class, tuple(tilings)) for window_class, tilings in wanted.items())
 
 
 def _prefix_sums(lens: Int32[Array, " R"]) -> Int32[Array, " R_plus_1"]:

@@ -73,8 +73,6 @@ def _live_pages(
     metadata: AttentionMetadata,
 ) -> tuple[Array, Array, Array, Array]:
     """Keys and values of the pages in use, with each one's owner (R for none) and position."""
-    assert metadata.kv_page_list is not None  # attention() has checked it
-    assert metadata.kv_page_indptr is not None
     page_size, R = k_pages.shape[1], metadata.kv_lens.shape[0]
     num_listed = metadata.kv_page_list.shape[0]
     seq = segment_of(metadata.kv_page_indptr[1:], num_listed)

@@ -20,36 +20,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from jaxattn.buckets import Bucket
-from jaxattn.spec import AttentionSpec
+from jaxattn.fields import described
 
 
 class Tiling(NamedTuple):
-    """How the query axis is cut.
+    """How the query axis is cut, and the key axis of short queries.
 
     Attributes:
         short_q: Tokens per tile of a short query; a query of at most this many tokens is short.
         long_q: Tokens per tile of a longer query. Where it is no larger than `short_q`, every
             query is cut into tiles of `short_q`.
+        split_keys: Keys per unit of a short query's tile, where several programs share a tile's
+            keys and their partial results are merged (split-KV); None for one program per tile.
+            A constant of the backend: a sum in other pieces has other bits.
     """
 
     short_q: int
     long_q: int
-
-
-def tiling_for(implementation: str, spec: AttentionSpec) -> Tiling | None:
-    """The tiling that an implementation wants, or None where it reads no schedule."""
-    match implementation:
-        case "reference":
-            return None
-        case "xla":
-            # A loop over tiles on few cores: one token, or enough rows to keep a product busy.
-            return Tiling(short_q=1, long_q=64)
-        case "triton":
-            # Tensor-core tiles of 16 or 64 rows, in which the G heads of a group are packed.
-            G = spec.group_size
-            return Tiling(short_q=max(1, 16 // G), long_q=max(1, 64 // G))
-        case _:
-            raise ValueError(f"unknown implementation={implementation!r}; no tiling is known for it")
+    split_keys: int | None = None
 
 
 @no_type_check
@@ -60,26 +48,47 @@ class Tiles:
 
     Tokens past `num_tokens` form one more sequence, of row R and without keys: its tiles come
     last among the live ones, and a backend that runs them writes zeros there.
-
-    Attributes:
-        seq: Row of the tile's sequence; R for padding tokens.
-        q_start: First query token of the tile, on the packed token axis.
-        q_len: Query tokens in the tile, at most `block_q`; 0 for a dead tile.
-        kv_start: First key that any token of the tile sees, as a position in the sequence.
-        kv_end: One past the last such key; equal to `kv_start` where none is seen.
-        num_live: Tiles with query tokens.
-        num_attending: Tiles with query tokens of real sequences; they come first.
-        block_q: Tokens per tile (static).
     """
 
-    seq: Int32[Array, " W"]
-    q_start: Int32[Array, " W"]
-    q_len: Int32[Array, " W"]
-    kv_start: Int32[Array, " W"]
-    kv_end: Int32[Array, " W"]
-    num_live: Int32[Array, ""]
-    num_attending: Int32[Array, ""]
+    seq: Int32[Array, " W"] = described("row of the tile's sequence; R for padding tokens", "request_indices")
+    q_start: Int32[Array, " W"] = described(
+        "first query token of the tile, on the packed token axis", "qo_tile_indices, in tiles"
+    )
+    q_len: Int32[Array, " W"] = described("query tokens in the tile, at most `block_q`; 0 for a dead tile")
+    kv_start: Int32[Array, " W"] = described(
+        "first key that any token of the tile sees, as a position in the sequence", "lower_bounds"
+    )
+    kv_end: Int32[Array, " W"] = described(
+        "one past the last such key; equal to `kv_start` where none is seen", "upper_bounds"
+    )
+    longest_first: Int32[Array, " W"] = described(
+        "tiles by descending number of keys, dead ones last", "varlen_batch_idx"
+    )
+    num_live: Int32[Array, ""] = described("tiles with query tokens", "num_m_blocks, summed")
+    num_attending: Int32[Array, ""] = described("tiles of real sequences; they come first")
+    split: SplitPlan | None
     block_q: int = field(metadata={"static": True})
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitPlan:
+    """U units of work, each a tile and some of its keys, and how their results are merged.
+
+    The keys of a tile are cut at multiples of `split_keys`, counted from the sequence's first key,
+    so the cut depends on nothing but the tile. The units of a tile stand together; a tile without
+    keys has one, so that its zeros are written. With the partial results of units
+    `indptr[w] .. indptr[w + 1]`, each with its log-sum-exp, tile w is merged.
+    """
+
+    tile: Int32[Array, " U"] = described("tile of the unit; W for a dead unit", "batch_indices")
+    kv_start: Int32[Array, " U"] = described("first key of the unit", "kv_tile_indices, in chunks")
+    kv_end: Int32[Array, " U"] = described("one past its last key")
+    indptr: Int32[Array, " W_plus_1"] = described(
+        "prefix sums of the units of each tile", "o_indptr, merge_indptr"
+    )
+    split_keys: int = field(metadata={"static": True})
 
 
 @no_type_check
@@ -130,6 +139,23 @@ def tile_bound(tokens: int, rows: int, block_q: int, min_q: int = 1) -> int:
     return rows + (tokens - rows * min_q) // (block_q + 1 - min_q)
 
 
+def split_bound(num_tiles: int, keys: int, split_keys: int, span: int | None, block_q: int) -> int:
+    """The most units that short tiles can be split into, one tile per sequence.
+
+    Args:
+        num_tiles: Tiles.
+        keys: Keys of all sequences together, at most.
+        split_keys: Keys per unit.
+        span: The most keys that one token sees, or None where ranges begin with the sequence.
+        block_q: Tokens per tile.
+    """
+    if span is None:  # ⌈n / split⌉ units, or one where n = 0
+        return num_tiles + keys // split_keys
+    # A range that begins anywhere touches one unit more, and holds the spans of all its tokens.
+    per_tile = (span + block_q - 3) // split_keys + 2
+    return min(num_tiles * per_tile, 2 * num_tiles + keys // split_keys)
+
+
 def schedule_tiles(
     bucket: Bucket,
     tiling: Tiling,
@@ -137,6 +163,8 @@ def schedule_tiles(
     cu_q_lens: Int32[Array, " R_plus_1"],
     kv_start: Int32[Array, " T"],
     kv_end: Int32[Array, " T"],
+    max_keys: int,
+    span: int | None,
 ) -> TileSchedule:
     """Cut the query axis of a batch into tiles.
 
@@ -146,6 +174,8 @@ def schedule_tiles(
         cu_q_lens: Prefix sums of query lengths.
         kv_start: First visible key of each token; within a sequence it never decreases.
         kv_end: One past the last visible key of each token; within a sequence it never decreases.
+        max_keys: The most keys that all sequences have together (static).
+        span: The most keys that one token sees; None where ranges begin with their sequence (static).
     """
     T, R = bucket.tokens, bucket.seqs
     # Row R holds the padding tokens.
@@ -153,16 +183,28 @@ def schedule_tiles(
     row_lens = row_ends - cu_q_lens
     is_short = row_lens <= tiling.short_q
 
-    def cut(selected: Bool[Array, " R_plus_1"], block_q: int, num_tiles: int) -> Tiles:
-        return _cut(cu_q_lens, row_lens, selected, kv_start, kv_end, block_q=block_q, num_tiles=num_tiles)
+    def cut(selected: Bool[Array, " R_plus_1"], block_q: int, num_tiles: int, split: int | None) -> Tiles:
+        return _cut(
+            cu_q_lens,
+            row_lens,
+            selected,
+            kv_start,
+            kv_end,
+            block_q=block_q,
+            num_tiles=num_tiles,
+            split_keys=split,
+            max_units=split_bound(num_tiles, max_keys, split, span, block_q) if split else 0,
+        )
 
     if bucket.max_q_len <= tiling.short_q or tiling.long_q <= tiling.short_q:
         everything = jnp.ones_like(is_short)
-        short = cut(everything, tiling.short_q, tile_bound(T, R + 1, tiling.short_q))
+        # Without a promise of short queries a sequence has several tiles, and no bound on its units.
+        split = tiling.split_keys if bucket.max_q_len <= tiling.short_q else None
+        short = cut(everything, tiling.short_q, tile_bound(T, R + 1, tiling.short_q), split)
         return TileSchedule(short=short, long=None, tiling=tiling)
-    short = cut(is_short, tiling.short_q, min(T, R + 1))
-    long = cut(~is_short, tiling.long_q, tile_bound(T, R + 1, tiling.long_q, min_q=tiling.short_q + 1))
-    return TileSchedule(short=short, long=long, tiling=tiling)
+    short = cut(is_short, tiling.short_q, min(T, R + 1), tiling.split_keys)
+    num_long = tile_bound(T, R + 1, tiling.long_q, min_q=tiling.short_q + 1)
+    return TileSchedule(short=short, long=cut(~is_short, tiling.long_q, num_long, None), tiling=tiling)
 
 
 def _cut(
@@ -174,6 +216,8 @@ def _cut(
     *,
     block_q: int,
     num_tiles: int,
+    split_keys: int | None,
+    max_units: int,
 ) -> Tiles:
     tiles_of_row = jnp.where(selected, (row_lens + block_q - 1) // block_q, 0)
     tile_ends = jnp.cumsum(tiles_of_row, dtype=jnp.int32)
@@ -185,13 +229,43 @@ def _cut(
     q_len = jnp.where(live, jnp.minimum(block_q, row_lens[seq] - offset), 0)
     # Ranges never decrease within a sequence: the first token begins the tile's, the last ends it.
     last = jnp.maximum(q_start + q_len - 1, 0)
+    tile_start, tile_end = jnp.where(live, kv_start[q_start], 0), jnp.where(live, kv_end[last], 0)
+    cost = jnp.where(live, tile_end - tile_start, -1)
     return Tiles(
         seq=seq,
         q_start=q_start,
         q_len=q_len,
-        kv_start=jnp.where(live, kv_start[q_start], 0),
-        kv_end=jnp.where(live, kv_end[last], 0),
+        kv_start=tile_start,
+        kv_end=tile_end,
+        longest_first=jnp.argsort(cost, descending=True, stable=True).astype(jnp.int32),
         num_live=tile_ends[-1],
         num_attending=tile_ends[-2],
+        split=_split(tile_start, tile_end, live, split_keys, max_units) if split_keys else None,
         block_q=block_q,
+    )
+
+
+def _split(
+    tile_start: Int32[Array, " W"],
+    tile_end: Int32[Array, " W"],
+    live: Bool[Array, " W"],
+    split_keys: int,
+    max_units: int,
+) -> SplitPlan:
+    first = tile_start // split_keys
+    units = jnp.maximum((tile_end + split_keys - 1) // split_keys - first, 1)
+    indptr = jnp.concatenate(
+        [jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.where(live, units, 0), dtype=jnp.int32)]
+    )
+    unit = jnp.arange(max_units, dtype=jnp.int32)
+    is_unit = unit < indptr[-1]
+    tile = segment_of(indptr[1:], max_units)
+    owner = jnp.where(is_unit, tile, 0)
+    begin = (first[owner] + unit - indptr[owner]) * split_keys
+    return SplitPlan(
+        tile=tile,
+        kv_start=jnp.where(is_unit, jnp.maximum(begin, tile_start[owner]), 0),
+        kv_end=jnp.where(is_unit, jnp.minimum(begin + split_keys, tile_end[owner]), 0),
+        indptr=indptr,
+        split_keys=split_keys,
     )

@@ -9,12 +9,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from jaxattn.rope import RopeConfig
 
 
 class WindowClass(NamedTuple):
     """Which keys a token may see, apart from the bounds of its own sequence.
 
-    Layers of one window class share visible key ranges and tile schedules.
+    Layers of one window class share visible key ranges and tile schedules. Any other static and
+    hashable description can stand in its place (`AttentionSpec.window_class`) if it has the two
+    members below and its ranges never decrease within a sequence.
 
     Attributes:
         causal: Whether a token sees keys up to its own position only.
@@ -23,6 +28,26 @@ class WindowClass(NamedTuple):
 
     causal: bool = True
     sliding_window: int | None = None
+
+    @property
+    def span(self) -> int | None:
+        """The most keys that one token sees; None where ranges begin with their sequence."""
+        return self.sliding_window
+
+    def visible_range(
+        self, positions: Int32[Array, " T"], kv_ends: Int32[Array, " T"]
+    ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
+        """First and one past the last visible key of each token. The only definition of visibility.
+
+        Args:
+            positions: Position of each token in its sequence; 0 for padding.
+            kv_ends: One past the last key of each token's sequence; 0 for padding, so that nothing
+                is visible from there.
+        """
+        kv_end = jnp.minimum(positions + 1, kv_ends) if self.causal else kv_ends
+        if self.sliding_window is None:
+            return jnp.zeros_like(kv_end), kv_end
+        return jnp.maximum(kv_end - self.sliding_window, 0), kv_end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +70,8 @@ class AttentionSpec:
         logits_soft_cap: The cap c, or None.
         scale: Factor on q·k; `head_dim ** -0.5` where None.
         causal: Whether a token sees only keys up to its own position.
+        rope: The rotary embedding of queries and keys, whose tables are then prepared once per step;
+            `attention` itself does not rotate. None where there is none.
 
     Raises:
         ValueError: If the sizes do not describe a layer.
@@ -57,6 +84,7 @@ class AttentionSpec:
     logits_soft_cap: float | None = None
     scale: float | None = None
     causal: bool = True
+    rope: RopeConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_q_heads", "num_kv_heads", "head_dim"):
@@ -71,6 +99,8 @@ class AttentionSpec:
             raise ValueError("sliding_window needs causal=True: a two-sided window has no agreed meaning")
         if self.logits_soft_cap is not None and not 0 < self.logits_soft_cap < math.inf:
             raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive and finite, or None")
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
         if self.scale is not None and not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale} must be finite, or None")
 

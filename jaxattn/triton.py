@@ -5,8 +5,8 @@ from __future__ import annotations
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxattn.consumers import triton_tiling
 from jaxattn.metadata import AttentionMetadata
-from jaxattn.schedule import tiling_for
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels import triton as kernel
 
@@ -30,13 +30,10 @@ def attend(
     Returns:
         Outputs in the dtype of `q`; zero for padding.
     """
-    tiling = tiling_for("triton", spec)
-    assert tiling is not None
     visible = metadata.visible_keys(spec.window_class)
-    schedule = visible.schedule(tiling)
+    schedule = visible.schedule(triton_tiling(spec))
     paged = k.ndim == 4
     start = metadata.kv_page_indptr if paged else metadata.cu_kv_lens
-    assert start is not None  # attention() has checked it
     lookup = kernel.KeyLookup(start=start, pages=metadata.kv_page_list if paged else None)
     tile_lists = tuple(
         (kernel.TileArrays(t.seq, t.q_start, t.q_len, t.kv_start, t.kv_end), t.block_q)
@@ -55,7 +52,7 @@ def attend(
             page_size=k.shape[1] if paged else None,
             scale=spec.softmax_scale,
             logits_soft_cap=spec.logits_soft_cap,
-            windowed=spec.sliding_window is not None,
+            windowed=spec.window_class.span is not None,
             interpret=interpret,
         )
 

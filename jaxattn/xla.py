@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jaxattn.consumers import xla_tiling
 from jaxattn.metadata import AttentionMetadata, VisibleKeys
-from jaxattn.schedule import Tiles, tiling_for
+from jaxattn.schedule import Tiles
 from jaxattn.spec import AttentionSpec, softmax_dtype
 
 # Keys per block. Constants, not functions of the bucket: a sum in other blocks has other bits.
@@ -55,10 +56,8 @@ def attend(
     Returns:
         Outputs in the dtype of `q`; zero for padding.
     """
-    tiling = tiling_for("xla", spec)
-    assert tiling is not None
     visible = metadata.visible_keys(spec.window_class)
-    schedule = visible.schedule(tiling)
+    schedule = visible.schedule(xla_tiling(spec))
     slots_of = _slot_lookup(metadata, page_size=k.shape[1] if k.ndim == 4 else None)
     k, v = k.reshape(-1, *k.shape[-2:]), v.reshape(-1, *v.shape[-2:])
 
@@ -77,10 +76,9 @@ def _slot_lookup(
 ) -> Callable[[Array, Int32[Array, " block_k"]], Int32[Array, " block_k"]]:
     """The function from a sequence and key positions in it to places on the flat key axis."""
     if page_size is None:
-        return lambda seq, positions: metadata.cu_kv_lens[seq] + positions
+        starts = metadata.cu_kv_lens
+        return lambda seq, positions: starts[seq] + positions
     indptr, pages = metadata.kv_page_indptr, metadata.kv_page_list
-    assert indptr is not None
-    assert pages is not None
     return lambda seq, positions: (
         pages.at[indptr[seq] + positions // page_size].get(mode="clip") * page_size + positions % page_size
     )

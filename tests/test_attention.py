@@ -14,7 +14,14 @@ import pytest
 from oracle import Problem
 from tolerances import assert_as_good_as
 
-from jaxattn import AttentionSpec, Bucket, attention, choose_implementation, prepare_metadata
+from jaxattn import (
+    AttentionSpec,
+    Bucket,
+    MissingFieldError,
+    attention,
+    choose_implementation,
+    prepare_metadata,
+)
 from jaxattn.cases import ODD, Workload, nest_workload
 
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
@@ -284,12 +291,12 @@ class TestValidation:
 
     def test_window_class_that_was_not_prepared(self):
         spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, sliding_window=3)
-        with pytest.raises(ValueError, match=r"sliding_window=3.*was not prepared"):
+        with pytest.raises(MissingFieldError, match=r"'visible' has no .*sliding_window=3"):
             self.attend(spec=spec)
 
     def test_schedule_that_was_not_prepared(self):
-        metadata = prepare_metadata(self.batch, self.spec, implementations=("triton",))
-        with pytest.raises(ValueError, match="was prepared, only"):
+        metadata = prepare_metadata(self.batch, self.spec, consumers="triton")
+        with pytest.raises(MissingFieldError, match="'schedules' holds no Tiling.*short_q=1"):
             self.attend(metadata=metadata, implementation="xla")
 
     def test_head_dim_that_no_kernel_serves(self):

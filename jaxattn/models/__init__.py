@@ -1,8 +1,9 @@
 """One decoder; what differs between families is data in its config."""
 
-from jaxattn.models.config import DecoderConfig, RopeConfig
+from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import abstract_params, forward, init_cache, init_params, unembed
 from jaxattn.models.programs import Model, Programs
+from jaxattn.rope import RopeConfig
 
 __all__ = [
     "DecoderConfig",

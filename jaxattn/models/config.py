@@ -4,29 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxattn.rope import RopeConfig
 from jaxattn.spec import AttentionSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    Attributes:
-        theta: Base of the frequencies, θ: frequency i of a head is θ^(-2i / H).
-        kind: "default"; "linear", all frequencies divided by `factor`; or "llama3", those with
-            long wavelengths divided by `factor`, those with short ones kept, and a ramp between.
-        factor: The divisor.
-        low_freq_factor: llama3: divided wholly above `original_max_position / low_freq_factor`.
-        high_freq_factor: llama3: kept below `original_max_position / high_freq_factor`.
-        original_max_position: llama3: context length before scaling, in tokens.
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +61,7 @@ class DecoderConfig:
                 head_dim=self.head_dim,
                 sliding_window=window,
                 logits_soft_cap=self.logits_soft_cap,
+                rope=self.rope,
             )
             for window in self.sliding_windows
         )

@@ -21,7 +21,8 @@ from jaxattn.attention import attention
 from jaxattn.cache import PagedKVCache, write_cache
 from jaxattn.cache import init_cache as init_layer_cache
 from jaxattn.metadata import AttentionMetadata
-from jaxattn.models.config import DecoderConfig, RopeConfig
+from jaxattn.models.config import DecoderConfig
+from jaxattn.rope import rotate
 
 Params = dict[str, Any]
 Cache = tuple[PagedKVCache, ...]
@@ -115,9 +116,9 @@ def forward(
         Final hidden states, after the last norm, and the cache with this step's keys written.
     """
     x = params["embed"][token_ids]
-    rotation = rope_tables(config.rope, config.head_dim, metadata.positions)
     new_cache = []
     for i, (layer, spec) in enumerate(zip(params["layers"], config.layer_specs(), strict=True)):
+        rotation = metadata.rope(spec)  # one table for all layers of one base
         h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
         q = rotate(_project("td,dnh->tnh", h, layer["q"]), rotation)
         k = rotate(_project("td,dkh->tkh", h, layer["k"]), rotation)
@@ -147,45 +148,6 @@ def rms_norm(x: Float[Array, "T D"], scale: Float[Array, " D"], eps: float) -> F
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype) * scale[None, :]
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " half_H"]:
-    """Angular frequency of each pair of a head, in radians per token.
-
-    Raises:
-        ValueError: If the kind of scaling is unknown.
-    """
-    frequencies = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    match rope.kind:
-        case "default":
-            return frequencies
-        case "linear":
-            return frequencies / rope.factor
-        case "llama3":
-            # Turns that a frequency makes within the original context decide how far it is slowed.
-            turns = rope.original_max_position * frequencies / (2 * jnp.pi)
-            kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-            kept = jnp.clip(kept, 0.0, 1.0)
-            return kept * frequencies + (1 - kept) * frequencies / rope.factor
-        case _:
-            raise ValueError(f"unknown rope kind={rope.kind!r}; use 'default', 'linear' or 'llama3'")
-
-
-def rope_tables(
-    rope: RopeConfig, head_dim: int, positions: Int32[Array, " T"]
-) -> tuple[Float[Array, "T half_H"], Float[Array, "T half_H"]]:
-    """Cosine and sine of each token's angles: once per step, for all layers."""
-    angles = positions[:, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "T heads H"], rotation: tuple[Float[Array, "T half_H"], Float[Array, "T half_H"]]
-) -> Float[Array, "T heads H"]:
-    """Rotate the pairs (i, i + H/2) of each head, in float32."""
-    cos, sin = (table[:, None, :] for table in rotation)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _project(equation: str, x: Array, weight: Array, **kwargs: Any) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, compile_for
 
-from jaxattn.schedule import tiling_for
+from jaxattn.consumers import triton_tiling
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels.triton import KernelConfig, KeyLookup, TileArrays, ragged_attention
 
@@ -78,8 +78,7 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
     tokens, rows, pages, num_kv_heads = 1024, 16, 512, 4
     num_q_heads = num_kv_heads * case.group_size
     spec = AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=case.head_dim)
-    tiling = tiling_for("triton", spec)
-    assert tiling is not None
+    tiling = triton_tiling(spec)
 
     def attend(q, k, v, kv_start, kv_end, start, page_list, short, long):
         return ragged_attention(

@@ -1,0 +1,72 @@
+"""Who reads what: the fields that each consumer of the metadata needs, as data.
+
+`prepare_metadata(consumers=...)` prepares what the named ones read and nothing else. A new backend
+declares a `Consumer` of its own and hands it over; no list here has to know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxattn.schedule import Tiling
+from jaxattn.spec import AttentionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A reader of the metadata.
+
+    Attributes:
+        name: Its name.
+        reads: The fields it reads, paged and unpaged batches taken together; those that a batch
+            does not have are left out.
+        tiling: How it wants the query axis cut for a layer; None where it reads no schedule.
+    """
+
+    name: str
+    reads: frozenset[str]
+    tiling: Callable[[AttentionSpec], Tiling] | None = None
+
+
+def xla_tiling(spec: AttentionSpec) -> Tiling:
+    """A loop over tiles on few cores: one token, or enough rows to keep a product busy."""
+    del spec
+    return Tiling(short_q=1, long_q=64)
+
+
+def triton_tiling(spec: AttentionSpec) -> Tiling:
+    """Tensor-core tiles of 16 or 64 rows, in which the G heads of a group are packed."""
+    G = spec.group_size
+    return Tiling(short_q=max(1, 16 // G), long_q=max(1, 64 // G))
+
+
+_PAGES = ("kv_page_indptr", "kv_page_list")
+_TILES = ("cu_kv_lens", "kv_start", "kv_end", "schedules", *_PAGES)
+
+CONSUMERS = {
+    consumer.name: consumer
+    for consumer in (
+        Consumer(
+            "reference", frozenset({"token_to_seq", "positions", "kv_lens", "kv_start", "kv_end", *_PAGES})
+        ),
+        Consumer("xla", frozenset(_TILES), xla_tiling),
+        Consumer("triton", frozenset(_TILES), triton_tiling),
+        Consumer("write_cache", frozenset({"slot_mapping"})),
+        Consumer("decoder", frozenset({"slot_mapping", "logits_indices", "rope_tables"})),
+    )
+}
+
+
+def resolve_consumers(consumers: str | Consumer | tuple[str | Consumer, ...]) -> tuple[Consumer, ...]:
+    """Consumers by name, or as they are.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    if isinstance(consumers, str | Consumer):
+        consumers = (consumers,)
+    for consumer in consumers:
+        if isinstance(consumer, str) and consumer not in CONSUMERS:
+            raise ValueError(f"unknown consumer {consumer!r}; use {', '.join(CONSUMERS)}, or give a Consumer")
+    return tuple(CONSUMERS[c] if isinstance(c, str) else c for c in consumers)

@@ -1,0 +1,146 @@
+"""What a field of the metadata is: its formula, its shape, its meaning and its other names, in one place.
+
+Two kinds of classes hold fields. `Prepared` ones (`AttentionMetadata`, `VisibleKeys`) hold any
+selection of theirs: a field is a method decorated with `metadata_field`, whose body is the formula,
+whose docstring the meaning and whose return annotation the shape. Plain records (`Tiles`) are
+dataclasses whose fields are `described`, and always complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
+
+class FieldInfo(NamedTuple):
+    """A row of the table of fields.
+
+    Attributes:
+        name: The name.
+        shape: Axes, in the glossary's letters; None for a group of fields.
+        dtype: Element type; None for a group of fields.
+        meaning: One sentence.
+        also_called: What other systems call it.
+    """
+
+    name: str
+    shape: str | None
+    dtype: str | None
+    meaning: str
+    also_called: str
+
+
+class MissingFieldError(AttributeError):
+    """A field was read that has not been prepared."""
+
+
+class MetadataField[T]:
+    """A field of a `Prepared` class: reads the prepared value, or fails with the field's name."""
+
+    def __init__(self, derive: Callable[[Any], T], also_called: str, needs: str | None) -> None:
+        self.derive = derive
+        self.also_called = also_called
+        self.needs = needs
+        self.name = derive.__name__
+        self.__doc__ = derive.__doc__
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> MetadataField[T]: ...
+    @overload
+    def __get__(self, owner: Prepared, kind: type) -> T: ...
+    def __get__(self, owner: Prepared | None, kind: type) -> T | MetadataField[T]:
+        return self if owner is None else owner[self.name]
+
+    def info(self) -> FieldInfo:
+        """The field's row of the table."""
+        annotation = typing.get_type_hints(self.derive).get("return")
+        meaning = (self.__doc__ or "").split("\n\n")[0]
+        return FieldInfo(self.name, *_shape_and_dtype(annotation), _one_line(meaning), self.also_called)
+
+
+def metadata_field[T](
+    *, also_called: str = "", needs: str | None = None
+) -> Callable[[Callable[[Any], T]], MetadataField[T]]:
+    """Make a method the definition of a field.
+
+    Args:
+        also_called: What other systems call it.
+        needs: What a batch or a call must provide for the field to exist; None where it always does.
+    """
+    return lambda derive: MetadataField(derive, also_called, needs)
+
+
+class Prepared:
+    """A selection of fields, each computed once; immutable when prepared.
+
+    Attributes:
+        values: The prepared fields by name.
+    """
+
+    values: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        """A field by name, also one that `prepare_metadata` was told how to derive.
+
+        Raises:
+            MissingFieldError: If it has not been prepared.
+        """
+        try:
+            return self.values[name]
+        except KeyError:
+            return self._missing(name)
+
+    def _missing(self, name: str) -> Any:
+        definition = fields_of(type(self)).get(name)
+        needs = f" (it needs {definition.needs})" if definition is not None and definition.needs else ""
+        raise MissingFieldError(
+            f"field {name!r} of {type(self).__name__} was not prepared{needs}, only {sorted(self.values)}; "
+            "select it in prepare_metadata(fields=...)"
+        )
+
+
+def fields_of(kind: type) -> dict[str, MetadataField]:
+    """The public fields that a `Prepared` class defines, in the order of their definitions."""
+    members = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
+    return {
+        name: member
+        for name, member in members.items()
+        if isinstance(member, MetadataField) and not name.startswith("_")
+    }
+
+
+def described(meaning: str, also_called: str = "") -> Any:
+    """A field of a record: a dataclass field with its meaning and its other names."""
+    return dataclasses.field(metadata={"meaning": meaning, "also_called": also_called})
+
+
+def field_table(kind: type) -> list[FieldInfo]:
+    """The table of the fields that a class holds: of a `Prepared` class, or of a record."""
+    if issubclass(kind, Prepared):
+        return [definition.info() for definition in fields_of(kind).values()]
+    names = vars(sys.modules[kind.__module__])
+    return [
+        FieldInfo(
+            f.name,
+            *_shape_and_dtype(eval(str(f.type), names)),  # the annotations are strings
+            f.metadata["meaning"],
+            f.metadata["also_called"],
+        )
+        for f in dataclasses.fields(kind)
+        if "meaning" in f.metadata
+    ]
+
+
+def _shape_and_dtype(annotation: Any) -> tuple[str | None, str | None]:
+    """From a jaxtyping annotation: `Int32[Array, " R_plus_1"]` is `R+1` and `int32`."""
+    if not hasattr(annotation, "dim_str"):
+        return None, None
+    dtype = annotation.dtypes[0]
+    return ", ".join(annotation.dim_str.split()).replace("_plus_", "+").replace("half_H", "H/2"), dtype
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
