@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 # Further requirements of the environment.
 WITH ?=
 
-.PHONY: help demo test test-slow test-oldest test-compile check install clean
+.PHONY: help demo test test-slow test-oldest test-compile tables check install clean
 
 help:
 	@echo "make demo          train, load, generate on every backend (about two minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow     the same with thorough settings"
 	@echo "make test-oldest   the suite on the oldest supported JAX"
 	@echo "make test-compile  compile every kernel to SASS, without a GPU"
+	@echo "make tables        rewrite the tables of fields in README.md and DESIGN.md"
 	@echo "make check         lint, types, layering"
 
 demo: $(VENV)/installed
@@ -31,6 +32,9 @@ test-oldest:
 test-compile:
 	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -m compile
+
+tables: $(VENV)/installed
+	$(PYTHON) -m jaxattn.field_tables README.md DESIGN.md
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
@@ -56,7 +55,7 @@ class MetadataField[T]:
 
     def info(self) -> FieldInfo:
         """The field's row of the table."""
-        annotation = typing.get_type_hints(self.derive).get("return")
+        annotation = _evaluate(self.derive.__annotations__["return"], self.derive.__module__)
         meaning = (self.__doc__ or "").split("\n\n")[0]
         return FieldInfo(self.name, *_shape_and_dtype(annotation), _one_line(meaning), self.also_called)
 
@@ -118,20 +117,27 @@ def described(meaning: str, also_called: str = "") -> Any:
 
 
 def field_table(kind: type) -> list[FieldInfo]:
-    """The table of the fields that a class holds: of a `Prepared` class, or of a record."""
+    """The table of the fields that a class holds: a `Prepared` one, a record, or one of properties."""
     if issubclass(kind, Prepared):
         return [definition.info() for definition in fields_of(kind).values()]
-    names = vars(sys.modules[kind.__module__])
+    properties = {name: value.fget for name, value in vars(kind).items() if isinstance(value, property)}
+    if properties:
+        return [MetadataField(getter, "", None).info() for getter in properties.values()]
     return [
         FieldInfo(
             f.name,
-            *_shape_and_dtype(eval(str(f.type), names)),  # the annotations are strings
+            *_shape_and_dtype(_evaluate(f.type, kind.__module__)),
             f.metadata["meaning"],
             f.metadata["also_called"],
         )
         for f in dataclasses.fields(kind)
         if "meaning" in f.metadata
     ]
+
+
+def _evaluate(annotation: Any, module: str) -> Any:
+    """The value of an annotation, which is a string where annotations are postponed."""
+    return eval(annotation, vars(sys.modules[module])) if isinstance(annotation, str) else annotation
 
 
 def _shape_and_dtype(annotation: Any) -> tuple[str | None, str | None]:
