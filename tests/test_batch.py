@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,9 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
-from jaxattn import Bucket, BucketGrid, advance, nest_sequences, prepare_metadata
-from jaxattn.batch import abstract_batch, field_slices
+from jaxattn import (
+    PAD_SLOT,
+    Bucket,
+    BucketGrid,
+    RaggedBatch,
+    advance,
+    check_batch,
+    nest_sequences,
+    prepare_metadata,
+)
+from jaxattn.batch import abstract_batch, field_slices, pack_fields
 from jaxattn.spec import AttentionSpec
 
 BUCKET = Bucket(tokens=12, seqs=4, pages=8)
@@ -58,6 +71,201 @@ def test_rectangular_arrays():
     batch = nest_sequences(np.arange(6).reshape(2, 3), page_tables=np.array([[3], [1]]), page_size=4)
     np.testing.assert_array_equal(batch.token_ids[:6], np.arange(6))
     np.testing.assert_array_equal(batch.page_list[:2], [3, 1])
+
+
+def test_flat_page_tables_with_counts():
+    flat = nest_sequences(
+        SEQUENCES,
+        **{**PAGED, "page_tables": np.concatenate(TABLES)},
+        page_counts=[2, 1, 2],
+        bucket=BUCKET,
+    )
+    chex.assert_trees_all_equal(flat, nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint32, np.int64, np.dtype(">i4")])
+def test_every_width_of_integers(dtype):
+    arrays = {
+        "q_lens": np.array([3, 1, 2], dtype),
+        "context_lens": np.array([2, 0, 5], dtype),
+        "page_tables": np.concatenate(TABLES).astype(dtype),
+        "page_counts": np.array([2, 1, 2], dtype),
+    }
+    batch = nest_sequences(
+        np.concatenate(SEQUENCES).astype(dtype), **arrays, page_size=4, num_pages=8, bucket=BUCKET
+    )
+    chex.assert_trees_all_equal(batch, nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET))
+
+
+def test_narrow_lengths_do_not_wrap():
+    lens = np.array([100, 100], np.int8)
+    batch = nest_sequences(
+        np.zeros(200, int), q_lens=lens, context_lens=lens, page_tables=[[0], [1]], page_size=256
+    )
+    np.testing.assert_array_equal(batch.kv_lens[:2], [200, 200])
+
+
+def test_phase_is_stated_and_never_guessed():
+    default = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    np.testing.assert_array_equal(default.is_decode, [False] * 4)  # though one has one token
+    stated = nest_sequences(SEQUENCES, **PAGED, is_decode=[False, True, False], bucket=BUCKET)
+    np.testing.assert_array_equal(stated.is_decode, [False, True, False, False])
+    bucket = nest_sequences([[1]] * 2, bucket=Bucket(4, 4, max_q_len=1))
+    np.testing.assert_array_equal(bucket.is_decode, [True, True, False, False])
+
+
+@pytest.mark.parametrize(
+    ("is_decode", "error", "message"),
+    [([1, 0, 0], TypeError, "is_decode has dtype int64"), ([True], ValueError, "for 3 sequences")],
+)
+def test_refuses_phases(is_decode, error, message):
+    with pytest.raises(error, match=message):
+        nest_sequences(SEQUENCES, is_decode=is_decode, bucket=BUCKET)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([0, 1], "state_slots has 2 entries for 3 sequences"),
+        ([0, -1, 2], r"state_slots\[1\]=-1 must lie between 0"),
+        ([0, 1, 2**31 - 1], r"state_slots\[2\]=2147483647 must lie between"),
+        ([4, 1, 4], "state_slots names slot 4 twice"),
+        ([2**30, 1, 2**30], "state_slots names slot 1073741824 twice"),
+    ],
+)
+def test_refuses_state_slots(slots, message):
+    with pytest.raises(ValueError, match=message):
+        nest_sequences(SEQUENCES, state_slots=slots, bucket=BUCKET)
+
+
+WIDE = Bucket(tokens=12, seqs=4, pages=9)
+SHARED: dict = {
+    "context_lens": [9, 8, 4],
+    "page_tables": [[7, 2, 0], [7, 2, 1], [7, 3, 4]],
+    "page_size": 4,
+    "num_pages": 8,
+}
+
+
+def test_prefixes_are_shared_where_that_is_asked_for():
+    batch = nest_sequences([[1]] * 3, **SHARED, share_prefixes=True, bucket=WIDE)
+    np.testing.assert_array_equal(batch.page_list[:8], [7, 2, 0, 7, 2, 1, 7, 3])
+    with pytest.raises(ValueError, match=r"page 2 is owned twice.*or set share_prefixes"):
+        nest_sequences([[1]] * 3, **SHARED, bucket=WIDE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context_lens": [9, 7, 4]},  # the second sequence writes its second page
+        {"page_tables": [[7, 2, 0], [2, 7, 1], [5, 3, 4]]},  # at different places
+        {"page_tables": [[7, 2, 0], [7, 2, 0], [7, 3, 4]]},  # the last pages are written
+        {"page_tables": [[7, 7, 0], [6, 2, 1], [5, 3, 4]]},  # within one sequence
+    ],
+)
+def test_written_pages_are_never_shared(changes):
+    with pytest.raises(ValueError, match=r"is owned twice.*only whole pages of context"):
+        nest_sequences([[1]] * 3, **{**SHARED, **changes}, share_prefixes=True, bucket=WIDE)
+
+
+def test_pages_of_a_huge_cache_are_checked_too():
+    tables = [[2**25, 3], [5], [2**25, 4]]
+    with pytest.raises(ValueError, match=r"page 33554432 is owned twice, by page_tables\[0\]"):
+        nest_sequences(SEQUENCES, **{**PAGED, "page_tables": tables, "num_pages": None}, bucket=BUCKET)
+
+
+def test_validation_can_be_switched_off():
+    valid = nest_sequences(SEQUENCES, **PAGED, validate=False, bucket=BUCKET)
+    chex.assert_trees_all_equal(valid, nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET))
+    nest_sequences(
+        SEQUENCES, **{**PAGED, "page_tables": [[2, 2], [0], [4, 5]]}, validate=False, bucket=BUCKET
+    )
+    with pytest.raises(ValueError, match="tokens=13 exceeds"):  # what would not fit is refused all the same
+        nest_sequences([[1] * 13], bucket=BUCKET, validate=False)
+
+
+def test_without_transfer_the_buffer_stays_on_the_host():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET, transfer=False)
+    assert isinstance(batch.packed, np.ndarray)
+    chex.assert_trees_all_equal(jax.device_put(batch), nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET))
+
+
+def test_batches_do_not_share_memory():
+    first = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET, transfer=False)
+    kept = np.array(first.packed)
+    nest_sequences([[9] * 5], bucket=BUCKET, transfer=False)
+    np.testing.assert_array_equal(first.packed, kept)
+
+
+def test_packing_fields_on_the_device():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    fields = {name: getattr(batch, name) for name in field_slices(BUCKET)}
+    chex.assert_trees_all_equal(jax.jit(lambda f: pack_fields(BUCKET, 4, **f))(fields), batch)
+    with pytest.raises(ValueError, match="kv_lens has 3 entries"):
+        pack_fields(BUCKET, 4, **{**fields, "kv_lens": batch.kv_lens[:3]})
+    with pytest.raises(ValueError, match=r"fields \['num_seqs'\] given; a batch has"):
+        pack_fields(BUCKET, 4, num_seqs=batch.num_seqs)
+
+
+CHECK = {
+    shared: jax.jit(checkify.checkify(functools.partial(check_batch, num_pages=8, share_prefixes=shared)))
+    for shared in (False, True)
+}
+
+
+def corrupted(batch, name: str, values) -> RaggedBatch:
+    at = field_slices(batch.bucket)[name]
+    return dataclasses.replace(batch, packed=batch.packed.at[at].set(jnp.array(values, jnp.int32)))
+
+
+@pytest.mark.parametrize("bucket", [BUCKET, Bucket(6, 3, 5), Bucket(64, 9, 30)])
+def test_a_nested_batch_passes_the_check(bucket):
+    CHECK[False](nest_sequences(SEQUENCES, **PAGED, bucket=bucket))[0].throw()
+    CHECK[False](nest_sequences(SEQUENCES, bucket=bucket))[0].throw()
+    step = advance(nest_sequences(SEQUENCES, **PAGED, bucket=bucket), jnp.zeros(bucket.seqs, jnp.int32))
+    CHECK[False](step)[0].throw()
+
+
+def test_the_check_allows_shared_prefixes_only_where_asked():
+    batch = nest_sequences([[1]] * 3, **SHARED, share_prefixes=True, bucket=WIDE)
+    CHECK[True](batch)[0].throw()
+    with pytest.raises(checkify.JaxRuntimeError, match="gives a page to two sequences"):
+        CHECK[False](batch)[0].throw()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("num_seqs", [5], "num_seqs=5 must lie between 0 and bucket.seqs=4"),
+        ("num_seqs", [2], "rows past num_seqs=2 must have no query tokens"),
+        ("cu_q_lens", [0, 3, 2, 6, 6], "must begin with 0, never decrease"),
+        ("cu_q_lens", [1, 3, 4, 6, 6], "must begin with 0"),
+        ("cu_q_lens", [0, 3, 4, 13, 13], "at or before bucket.tokens=12"),
+        ("kv_lens", [5, 1, 1, 0], "kv_lens=.* must count this step's tokens too"),
+        ("kv_lens", [5, 1, 9, 0], "too few pages for kv_lens"),
+        ("token_ids", [-1] * 12, "token_ids=.* must not be negative"),
+        ("state_slots", [0, 0, 1, 0], "state_slots=.* must be distinct"),
+        ("state_slots", [-3, 0, 1, 0], "state_slots=.* must be distinct, not negative"),
+        ("page_indptr", [0, 2, 1, 5, 5], "page_indptr=.* must begin with 0, never decrease"),
+        ("page_indptr", [0, 2, 3, 9, 9], "at or before bucket.pages=8"),
+        ("page_list", [7, 8, 0, 4, 5, 0, 0, 0], "page_list=.* must lie below 8"),
+        ("page_list", [7, -2, 0, 4, 5, 0, 0, 0], "page_list=.* must lie below 8"),
+        ("page_list", [7, 2, 0, 4, 7, 0, 0, 0], "gives a page to two sequences"),
+    ],
+)
+def test_the_check_finds_what_is_wrong(name, values, message):
+    batch = corrupted(nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET), name, values)
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        CHECK[False](batch)[0].throw()
+
+
+def test_the_check_knows_the_longest_query():
+    batch = nest_sequences(
+        [[1]] * 2, page_tables=[[0], [1]], page_size=4, bucket=Bucket(4, 4, 8, max_q_len=1)
+    )
+    batch = corrupted(batch, "cu_q_lens", [0, 2, 3, 3, 3])
+    with pytest.raises(checkify.JaxRuntimeError, match=r"longer than bucket.max_q_len=1"):
+        CHECK[False](batch)[0].throw()
 
 
 def test_picks_the_smallest_bucket():
@@ -167,6 +375,46 @@ def test_advance_into_fewer_rows():
     batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
     step = advance(batch, jnp.array([10, 11, 12, 99], jnp.int32), bucket=BUCKET.decode(3))
     np.testing.assert_array_equal(step.kv_lens, [6, 2, 8])
+
+
+def test_advance_keeps_what_was_accepted():
+    """Speculation: rows of 3, 1 and 2 query tokens keep 1, 1 and 0, and append 2, 0 and 1."""
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    step = advance(
+        batch,
+        jnp.array([[10, 11], [12, 13], [14, 15], [9, 9]], jnp.int32),
+        q_lens=jnp.array([2, 0, 1, 2]),
+        accepted=jnp.array([1, 1, 0, 5]),
+    )
+    assert step.bucket == Bucket(8, 4, 8, max_q_len=2)
+    np.testing.assert_array_equal(step.token_ids, [10, 11, 14, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(step.cu_q_lens, [0, 2, 2, 3, 3])
+    np.testing.assert_array_equal(step.kv_lens, [2 + 1 + 2, 1, 5 + 0 + 1, 0])
+    np.testing.assert_array_equal(step.is_decode, [True, True, True, False])
+
+
+def test_advance_clips_counts_that_cannot_be():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    step = advance(
+        batch,
+        jnp.zeros(4, jnp.int32),
+        q_lens=jnp.array([5, -1, 1, 1]),
+        accepted=jnp.array([9, -9, 1, 1]),
+    )
+    np.testing.assert_array_equal(step.cu_q_lens, [0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(step.kv_lens, [2 + 3 + 1, 0, 5 + 1 + 1, 0])
+
+
+def test_advance_keeps_state_slots():
+    batch = nest_sequences(SEQUENCES, **PAGED, state_slots=[5, 0, 2], bucket=BUCKET)
+    np.testing.assert_array_equal(advance(batch, jnp.zeros(4, jnp.int32)).state_slots, [5, 0, 2, PAD_SLOT])
+
+
+def test_advance_refuses_a_bucket_without_room():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    for bucket in (Bucket(7, 4, 8), Bucket(8, 4, 8, max_q_len=1)):
+        with pytest.raises(ValueError, match="no room for 2 tokens in each of its 4 rows"):
+            advance(batch, jnp.zeros((4, 2), jnp.int32), bucket=bucket)
 
 
 def test_advance_needs_pages():

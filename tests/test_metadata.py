@@ -1,5 +1,6 @@
 """Every field against its definition, written out sequence by sequence in Python."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -9,10 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxattn import PAD_SLOT, AttentionSpec, Bucket, advance, attention, nest_sequences, prepare_metadata
+from jaxattn import (
+    PAD_SLOT,
+    AttentionSpec,
+    Bucket,
+    Consumer,
+    RopeConfig,
+    advance,
+    attention,
+    nest_sequences,
+    prepare_metadata,
+)
 from jaxattn.consumers import triton_tiling
 from jaxattn.fields import MissingFieldError
-from jaxattn.schedule import Tiling, schedule_tiles, tile_bound
+from jaxattn.rope import rope_tables
+from jaxattn.schedule import Tiling, schedule_tiles, split_bound, tile_bound
 from jaxattn.spec import WindowClass
 
 BUCKET = Bucket(tokens=40, seqs=6, pages=64)
@@ -88,6 +100,164 @@ def test_fields(case):
         visible = m.visible_keys(spec.window_class)
         equal(visible.kv_start, [first(*t) for t in tokens], 0, T)
         equal(visible.kv_end, [end(*t) for t in tokens], 0, T)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_rows_in_decode_first_order(data):
+    """A stable partition, written out: decodes, fresh prefills, prefills over context, padding."""
+    n = data.draw(st.integers(1, 6))
+    contexts = data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
+    is_decode = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    batch = nest_sequences(
+        [[1]] * n,
+        context_lens=contexts,
+        page_tables=np.arange(n)[:, None],
+        page_size=4,
+        is_decode=is_decode,
+        bucket=BUCKET,
+    )
+    m = prepare_metadata(batch, fields=PHASE_FIELDS)
+    phases = [0 if decode else (1 if c == 0 else 2) for decode, c in zip(is_decode, contexts, strict=True)]
+    order = sorted(range(n), key=lambda row: phases[row]) + list(range(n, BUCKET.seqs))
+    np.testing.assert_array_equal(m.decode_first_order, order)
+    np.testing.assert_array_equal(np.asarray(m.decode_first_rank)[order], np.arange(BUCKET.seqs))
+    np.testing.assert_array_equal(m.request_distribution, np.cumsum([phases.count(g) for g in range(3)]))
+    np.testing.assert_array_equal(m.is_decode[:n], is_decode)
+    np.testing.assert_array_equal(m.has_initial_state, [c > 0 for c in contexts] + [False] * (6 - n))
+
+
+PHASE_FIELDS = (
+    "decode_first_order",
+    "decode_first_rank",
+    "request_distribution",
+    "is_decode",
+    "has_initial_state",
+)
+
+
+def test_state_slots_default_to_rows_and_padding_has_none():
+    np.testing.assert_array_equal(
+        prepare_metadata(nest_sequences([[1]] * 2, bucket=BUCKET)).state_slots, [0, 1] + [PAD_SLOT] * 4
+    )
+    batch = nest_sequences([[1]] * 2, state_slots=[7, 3], bucket=BUCKET)
+    np.testing.assert_array_equal(prepare_metadata(batch).state_slots, [7, 3] + [PAD_SLOT] * 4)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_cascade_groups_rows_with_common_leading_pages(data):
+    """Against a definition in Python: neighbours are grouped while they share a whole cached page."""
+    page_size, n = 2, data.draw(st.integers(1, 6))
+    tables, contexts, fresh = [], [], iter(range(20, 60))
+    for _ in range(n):
+        shared = data.draw(st.sampled_from([(), (0,), (0, 1), (0, 1, 2), (5, 6)]))
+        context = data.draw(st.integers(len(shared) * page_size, 8))
+        own = -(-(context + 1) // page_size) - len(shared)
+        tables.append([*shared, *itertools.islice(fresh, own)])
+        contexts.append(context)
+    batch = nest_sequences(
+        [[1]] * n,
+        context_lens=contexts,
+        page_tables=tables,
+        page_size=page_size,
+        share_prefixes=True,
+        bucket=BUCKET,
+    )
+    cascade = prepare_metadata(batch, fields=("cascade",)).cascade
+    groups: list[list[int]] = []
+    lengths: list[int] = []
+    for row in range(n):
+        common = 0
+        if row:
+            pairs = zip(tables[row], tables[row - 1], strict=False)
+            common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            common = min(common, contexts[row] // page_size, contexts[row - 1] // page_size)
+        if common:
+            lengths[-1] = min(lengths[-1], common) if len(groups[-1]) > 1 else common
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            lengths.append(0)
+    R, g = BUCKET.seqs, len(groups)
+    assert int(cascade.num_groups) == g
+    of_row = [i for i, rows in enumerate(groups) for _ in rows]
+    np.testing.assert_array_equal(cascade.group_of_seq, of_row + [R] * (R - n))
+    np.testing.assert_array_equal(cascade.first_seq, [rows[0] for rows in groups] + [R] * (R - g))
+    np.testing.assert_array_equal(cascade.prefix_lens, [page_size * c for c in lengths] + [0] * (R - g))
+    ends = np.cumsum([0] + [len(rows) for rows in groups])
+    np.testing.assert_array_equal(cascade.cu_group_q_lens, list(ends) + [n] * (R - g))
+
+
+@settings(max_examples=200)
+@given(paged_batches(), st.sampled_from([None, 1, 3, 7]), st.sampled_from([1, 3, 16]))
+def test_split_plan_covers_every_key_once(case, window, split_keys):
+    """Law 6 for split-KV: the units of a tile cut its keys at multiples of `split_keys`."""
+    spec = AttentionSpec(**HEADS, sliding_window=window)
+    tiling = Tiling(short_q=2, long_q=8, split_keys=split_keys)
+    m = prepare_metadata(
+        nest(case), spec, consumers=Consumer("s", frozenset({"schedules"}), lambda _: tiling)
+    )
+    schedule = m.visible[0].schedule(tiling)
+    assert schedule.long is not None
+    assert schedule.long.split is None
+    tiles, split = schedule.short, schedule.short.split
+    indptr = np.asarray(split.indptr)
+    units = split.tile.shape[0]
+    assert indptr[-1] <= units
+    np.testing.assert_array_equal(split.tile[indptr[-1] :], tiles.seq.shape[0])
+    np.testing.assert_array_equal(split.kv_end[indptr[-1] :], 0)
+    for w in range(tiles.seq.shape[0]):
+        mine = range(int(indptr[w]), int(indptr[w + 1]))
+        start, end = int(tiles.kv_start[w]), int(tiles.kv_end[w])
+        assert (len(mine) > 0) == (w < int(tiles.num_live))
+        at = start
+        for unit in mine:
+            assert int(split.tile[unit]) == w
+            assert int(split.kv_start[unit]) == at or end == start
+            at = int(split.kv_end[unit])
+            assert at == end or at % split_keys == 0
+            assert at - int(split.kv_start[unit]) <= split_keys
+        assert not mine or at == end
+
+
+def test_split_bound_is_tight():
+    assert split_bound(3, 100, 10, None, 1) == 13  # a sequence of 100 keys, and two without
+    assert split_bound(3, 1000, 10, 1, 1) == 3  # one key lies in one unit
+    assert split_bound(3, 1000, 10, 2, 1) == 6  # two may lie on both sides of a cut
+
+
+def test_longest_tiles_first():
+    batch = nest_sequences(
+        [[1]] * 3, context_lens=[3, 9, 5], page_tables=[[0], [1], [2]], page_size=16, bucket=BUCKET.decode()
+    )
+    (visible,) = prepare_metadata(batch, SPECS[0], consumers="xla").visible
+    np.testing.assert_array_equal(visible.schedules[0].short.longest_first[:3], [1, 2, 0])
+
+
+def test_page_indices_hold_the_pages_with_keys():
+    batch = nest_sequences([[1] * 5, [1]], page_tables=[[3, 9, 8], [4, 5]], page_size=4, bucket=BUCKET)
+    m = prepare_metadata(batch, max_pages_per_seq=4)
+    np.testing.assert_array_equal(m.page_indices, [[3, 9, 0, 0], [4, 0, 0, 0]] + [[0] * 4] * 4)
+
+
+def test_one_rope_table_per_base_and_width():
+    local, far = RopeConfig(), RopeConfig(theta=1e6)
+    specs = [
+        AttentionSpec(**HEADS, rope=local, sliding_window=3),
+        AttentionSpec(**HEADS, rope=far),
+        AttentionSpec(**HEADS, rope=local, logits_soft_cap=3.0),
+        AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=8, rope=far),
+    ]
+    m = prepare_metadata(nest_sequences([[1] * 9], bucket=BUCKET), specs)
+    assert len(m.rope_tables) == 3
+    assert m.rope(specs[2]) is m.rope(specs[0])
+    for spec in specs:
+        expected = rope_tables(spec.rope, spec.head_dim, m.positions)
+        np.testing.assert_allclose(m.rope(spec).cos, expected.cos, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(m.rope(spec).sin, expected.sin, rtol=1e-6, atol=1e-6)
+    with pytest.raises(MissingFieldError, match="'rope_tables' has none for rope=None"):
+        m.rope(AttentionSpec(**HEADS))
 
 
 @settings(max_examples=100)
