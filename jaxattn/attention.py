@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxattn import reference, triton, xla
+from jaxattn.batch import INT32_MAX
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels.triton import MAX_HEAD_DIM
@@ -145,3 +146,7 @@ def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: A
             )
     elif k.ndim != 4 or k.shape[1:] != (metadata.page_size, *heads):
         raise ValueError(f"k.shape={k.shape}; this batch needs pages of shape {(metadata.page_size, *heads)}")
+    elif (num_slots := k.shape[0] * k.shape[1]) > INT32_MAX:
+        raise ValueError(
+            f"k has {num_slots} slots, more than an int32 can number ({INT32_MAX}); use fewer pages"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
+
+from jaxattn.batch import INT32_MAX
 
 
 @no_type_check
@@ -44,7 +47,15 @@ def init_cache(
         num_kv_heads: Key/value heads, K.
         head_dim: Size of a head, H.
         dtype: Element type of keys and values.
+
+    Raises:
+        ValueError: If a slot would not be an int32. The number of elements is not limited.
     """
+    if num_pages * page_size > INT32_MAX:
+        raise ValueError(
+            f"num_pages={num_pages} of page_size={page_size} tokens make {num_pages * page_size} slots, more "
+            f"than an int32 can number ({INT32_MAX}); use fewer pages, or several caches"
+        )
     shape = (num_pages, page_size, num_kv_heads, head_dim)
     return PagedKVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
 
@@ -53,7 +64,7 @@ def write_cache(
     cache: PagedKVCache,
     k: Float[Array, "_ _ _"],
     v: Float[Array, "_ _ _"],
-    slot_mapping: Int32[Array, " T"] | None,
+    slot_mapping: Int32[Array, " T"],
 ) -> PagedKVCache:
     """Write this step's keys and values to their slots. Pure; donate the cache to do it in place.
 
@@ -67,10 +78,8 @@ def write_cache(
         The cache with the slots written, in the cache's own dtype.
 
     Raises:
-        ValueError: If there are no slots, or keys and values do not match them and the cache.
+        ValueError: If keys and values do not match the slots and the cache.
     """
-    if slot_mapping is None:
-        raise ValueError("slot_mapping is None: the batch was nested without page_tables")
     expected = (*slot_mapping.shape, *cache.k_pages.shape[2:])
     for name, array in (("k", k), ("v", v)):
         if array.shape != expected:
@@ -84,11 +93,17 @@ def write_cache(
 
 
 class PagePool:
-    """The free pages of a cache, on the host. A page is never handed out twice.
+    """The pages of a cache and how many references each has, on the host.
+
+    A page is handed out with one reference, and handed out again only after the last one is
+    dropped. Several sequences may hold one page, as long as none of them writes to it.
 
     Args:
         num_pages: Physical pages of the cache.
         page_size: Tokens per page.
+
+    Raises:
+        ValueError: If `num_pages` is negative, or `page_size` less than 1.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -96,7 +111,7 @@ class PagePool:
             raise ValueError(f"num_pages={num_pages} must be at least 0 and page_size={page_size} at least 1")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._owned = np.zeros(num_pages, bool)
+        self._references = np.zeros(num_pages, np.int32)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack; low pages on top
         self._num_free = num_pages
 
@@ -109,11 +124,25 @@ class PagePool:
         """Pages that `num_tokens` tokens of one sequence need."""
         return -(-num_tokens // self.page_size)
 
-    def allocate(self, num_tokens: int) -> np.ndarray:
-        """Take the pages for `num_tokens` tokens of one sequence.
+    def references(self, pages: Sequence[int] | np.ndarray) -> Int32[np.ndarray, " pages"]:
+        """How many references each page has; 0 for a free one.
+
+        Args:
+            pages: Page indices.
+
+        Raises:
+            ValueError: If a page is out of range.
+        """
+        return self._references[self._in_range(pages)]
+
+    def allocate(self, num_tokens: int) -> Int32[np.ndarray, " pages"]:
+        """Take the pages for `num_tokens` tokens of one sequence, with one reference each.
+
+        Args:
+            num_tokens: Tokens to hold.
 
         Returns:
-            Their indices, int32, in logical order.
+            Their indices, in logical order.
 
         Raises:
             MemoryError: If too few pages are free; nothing is taken then.
@@ -129,25 +158,55 @@ class PagePool:
             )
         self._num_free -= n
         pages = self._free[self._num_free : self._num_free + n][::-1].copy()
-        self._owned[pages] = True
+        self._references[pages] = 1
         return pages
 
-    def free(self, pages: np.ndarray) -> None:
-        """Give pages back.
+    def share(self, pages: Sequence[int] | np.ndarray) -> None:
+        """Add one reference to each page, for one more holder that only reads it.
+
+        Args:
+            pages: Allocated pages.
+
+        Raises:
+            ValueError: If a page is out of range, named twice or not allocated; no reference is
+                added then.
+        """
+        self._references[self._allocated(pages)] += 1
+
+    def free(self, pages: Sequence[int] | np.ndarray) -> None:
+        """Drop one reference of each page; a page without any can be allocated again.
+
+        Args:
+            pages: Allocated pages.
 
         Raises:
             ValueError: If a page is out of range, named twice or not allocated; nothing is freed then.
         """
-        pages = np.asarray(pages)
-        if pages.dtype.kind not in "iu":
-            raise ValueError(f"pages has dtype {pages.dtype}; expected the integers that allocate gave")
-        outside = pages[(pages < 0) | (pages >= self.num_pages)]
+        pages = self._allocated(pages)
+        self._references[pages] -= 1
+        unused = pages[self._references[pages] == 0]
+        self._free[self._num_free : self._num_free + unused.size] = unused[::-1]
+        self._num_free += unused.size
+
+    def _in_range(self, pages: Sequence[int] | np.ndarray) -> np.ndarray:
+        array = np.asarray(pages)
+        if array.size == 0:
+            return np.empty(0, np.int32)
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise ValueError(
+                f"pages has dtype {array.dtype} and shape {array.shape}; "
+                f"expected one axis of the integers that allocate gave"
+            )
+        outside = array[(array < 0) | (array >= self.num_pages)]
         if outside.size:
             raise ValueError(f"page {outside[0]} is out of range: the pool has pages 0..{self.num_pages - 1}")
-        if np.unique(pages).size != pages.size:
-            raise ValueError(f"pages={pages.tolist()} names a page twice")
-        if not self._owned[pages].all():
-            raise ValueError(f"page {pages[~self._owned[pages]][0]} is not allocated; was it freed already?")
-        self._owned[pages] = False
-        self._free[self._num_free : self._num_free + pages.size] = pages[::-1]
-        self._num_free += pages.size
+        return array
+
+    def _allocated(self, pages: Sequence[int] | np.ndarray) -> np.ndarray:
+        array = self._in_range(pages)
+        if np.unique(array).size != array.size:
+            raise ValueError(f"pages={array.tolist()} names a page twice; name each once")
+        free = array[self._references[array] == 0]
+        if free.size:
+            raise ValueError(f"page {free[0]} is not allocated; was it freed already?")
+        return array

@@ -25,7 +25,7 @@ from jaxattn.consumers import CONSUMERS, Consumer, resolve_consumers
 from jaxattn.fields import MissingFieldError, Prepared, fields_of, metadata_field
 from jaxattn.rope import RopeConfig, RopeTables, rope_tables
 from jaxattn.schedule import TileSchedule, Tiling, schedule_tiles, segment_of
-from jaxattn.spec import AttentionSpec, WindowClass
+from jaxattn.spec import AttentionSpec, Visibility
 
 # What a field may need to exist (`metadata_field(needs=...)`).
 PAGES = "a batch nested with page_tables"
@@ -45,7 +45,7 @@ class VisibleKeys(Prepared):
     """
 
     values: dict[str, Any]
-    window_class: WindowClass = field(metadata={"static": True})
+    window_class: Visibility = field(metadata={"static": True})
 
     @metadata_field(also_called="k_start")
     def kv_start(self) -> Int32[Array, " T"]:
@@ -298,7 +298,7 @@ class AttentionMetadata(Prepared):
         assert self.page_size is not None
         return self.page_size
 
-    def visible_keys(self, window_class: WindowClass) -> VisibleKeys:
+    def visible_keys(self, window_class: Visibility) -> VisibleKeys:
         """The visible keys of a window class.
 
         Raises:
@@ -307,7 +307,7 @@ class AttentionMetadata(Prepared):
         for visible in self.visible:
             if visible.window_class == window_class:
                 return visible
-        have = [tuple(v.window_class) for v in self.visible]
+        have = [v.window_class for v in self.visible]
         raise MissingFieldError(
             f"field 'visible' has no {window_class}, only {have}; give prepare_metadata the layer's spec"
         )
@@ -339,7 +339,7 @@ class _Request(NamedTuple):
     """
 
     fields: tuple[str, ...]
-    classes: tuple[tuple[WindowClass, tuple[Tiling, ...]], ...]
+    classes: tuple[tuple[Visibility, tuple[Tiling, ...]], ...]
     ropes: tuple[tuple[RopeConfig, int], ...]
     max_pages_per_seq: int | None
     derive: tuple[tuple[str, Callable[[AttentionMetadata], Array]], ...]
@@ -484,9 +484,9 @@ def _existing(
 
 def _window_classes(
     specs: tuple[AttentionSpec, ...], readers: tuple[Consumer, ...]
-) -> tuple[tuple[WindowClass, tuple[Tiling, ...]], ...]:
+) -> tuple[tuple[Visibility, tuple[Tiling, ...]], ...]:
     """The distinct window classes in order, each with the distinct tilings that its readers want."""
-    wanted: dict[WindowClass, dict[Tiling, None]] = {}  # ordered sets: equal inputs, equal programs
+    wanted: dict[Visibility, dict[Tiling, None]] = {}  # ordered sets: equal inputs, equal programs
     for spec in specs:
         tilings = wanted.setdefault(spec.window_class, {})
         for reader in readers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,37 @@ from jaxtyping import Array, Int32
 from jaxattn.rope import RopeConfig
 
 
-class WindowClass(NamedTuple):
+@runtime_checkable
+class Visibility(Protocol):
+    """A rule of which keys a token sees: static and hashable, its ranges never decreasing.
+
+    `WindowClass` is the usual one. A spec whose `window_class` returns another is served by every
+    backend, since all of them read the ranges and know nothing of the rule.
+    """
+
+    @property
+    def span(self) -> int | None:
+        """The most keys that one token sees; None where ranges begin with their sequence."""
+        ...
+
+    def visible_range(
+        self, positions: Int32[Array, " T"], kv_ends: Int32[Array, " T"]
+    ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
+        """First and one past the last visible key of each token; within a sequence neither decreases.
+
+        Args:
+            positions: Position of each token in its sequence; 0 for padding.
+            kv_ends: One past the last key of each token's sequence, which no range may pass; 0 for
+                padding, so that nothing is visible from there.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WindowClass:
     """Which keys a token may see, apart from the bounds of its own sequence.
 
-    Layers of one window class share visible key ranges and tile schedules. Any other static and
-    hashable description can stand in its place (`AttentionSpec.window_class`) if it has the two
-    members below and its ranges never decrease within a sequence.
+    Layers of one window class share visible key ranges and tile schedules.
 
     Attributes:
         causal: Whether a token sees keys up to its own position only.
@@ -31,19 +56,13 @@ class WindowClass(NamedTuple):
 
     @property
     def span(self) -> int | None:
-        """The most keys that one token sees; None where ranges begin with their sequence."""
+        """The window, if there is one."""
         return self.sliding_window
 
     def visible_range(
         self, positions: Int32[Array, " T"], kv_ends: Int32[Array, " T"]
     ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
-        """First and one past the last visible key of each token. The only definition of visibility.
-
-        Args:
-            positions: Position of each token in its sequence; 0 for padding.
-            kv_ends: One past the last key of each token's sequence; 0 for padding, so that nothing
-                is visible from there.
-        """
+        """First and one past the last visible key of each token (see `Visibility`)."""
         kv_end = jnp.minimum(positions + 1, kv_ends) if self.causal else kv_ends
         if self.sliding_window is None:
             return jnp.zeros_like(kv_end), kv_end
@@ -115,7 +134,7 @@ class AttentionSpec:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
-    def window_class(self) -> WindowClass:
+    def window_class(self) -> Visibility:
         """The part of the description that visible key ranges depend on."""
         return WindowClass(self.causal, self.sliding_window)
 

@@ -11,6 +11,7 @@ from matplotlib.patches import Patch, Rectangle
 from jaxattn.batch import RaggedBatch
 from jaxattn.metadata import AttentionMetadata, VisibleKeys
 from jaxattn.schedule import Tiles
+from jaxattn.spec import Visibility, WindowClass
 
 # Distinguishable with a colour-vision deficiency, and on paper of either brightness.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -71,13 +72,17 @@ def _draw_window_class(
     widest = max(int(kv_end.max()), 1)
     ax.set_xlim(-0.01 * widest, 1.02 * widest)
     ax.set_ylim(T, -0.01 * T)
-    window = visible.window_class.sliding_window
-    kind = "causal" if visible.window_class.causal else "two-sided"
     num_tiles = sum(int(tiles.num_attending) for tiles in schedule.lists)
-    ax.set_title(
-        f"{kind}, {'no window' if window is None else f'window of {window} keys'}: {num_tiles} tiles"
-    )
+    ax.set_title(f"{_describe(visible.window_class)}: {num_tiles} tiles")
     ax.set_xlabel("key position in the sequence")
+
+
+def _describe(window_class: Visibility) -> str:
+    if not isinstance(window_class, WindowClass):
+        return str(window_class)
+    window = window_class.sliding_window
+    kind = "causal" if window_class.causal else "two-sided"
+    return f"{kind}, {'no window' if window is None else f'window of {window} keys'}"
 
 
 def _boxes(tiles: Tiles) -> list[Rectangle]:

@@ -202,6 +202,7 @@ def test_split_plan_covers_every_key_once(case, window, split_keys):
     assert schedule.long is not None
     assert schedule.long.split is None
     tiles, split = schedule.short, schedule.short.split
+    assert split is not None
     indptr = np.asarray(split.indptr)
     units = split.tile.shape[0]
     assert indptr[-1] <= units
@@ -253,6 +254,7 @@ def test_one_rope_table_per_base_and_width():
     assert len(m.rope_tables) == 3
     assert m.rope(specs[2]) is m.rope(specs[0])
     for spec in specs:
+        assert spec.rope is not None
         expected = rope_tables(spec.rope, spec.head_dim, m.positions)
         np.testing.assert_allclose(m.rope(spec).cos, expected.cos, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(m.rope(spec).sin, expected.sin, rtol=1e-6, atol=1e-6)
