@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from jaxattn import (
+    Bucket,
     BucketGrid,
     DecoderConfig,
     Model,
+    PagePool,
     compile_generation,
     compute_logits,
     generate,
+    nest_sequences,
     plan_generation,
 )
-from jaxattn.models import Programs, forward, init_params
+from jaxattn.models import Programs, forward, init_cache, init_params
 from jaxattn.models.sampling import sample
 
 CONFIG = DecoderConfig(
@@ -178,3 +181,66 @@ def test_low_precision(model):
 def test_refuses(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **{"max_new_tokens": 2, **options})
+
+
+class TestStoppingTheLoop:
+    """A decode loop on the device, stopped by the host, which retires and adds sequences, and goes on."""
+
+    PAGE_SIZE, NUM_PAGES = 4, 64
+    BUCKET = Bucket(tokens=48, seqs=4, pages=64)
+
+    def start(self, model, implementation):
+        shared = {"page_size": 4, "num_pages": 64, "implementation": implementation}
+        self.prefill = model.programs.prefill(self.BUCKET, decode_seqs=4, **shared)
+        self.decode = model.programs.decode(self.BUCKET.decode(), max_new_tokens=16, **shared)
+        self.model, self.pool = model, PagePool(self.NUM_PAGES, self.PAGE_SIZE)
+        self.cache = init_cache(CONFIG, num_pages=64, page_size=4, dtype="float32")
+        self.texts: list[list[int]] = []
+        self.tables: list[np.ndarray] = []
+        self.cached: list[int] = []
+
+    def add(self, prompt):
+        self.texts.append(list(prompt))
+        self.tables.append(self.pool.allocate(len(prompt) + NEW))
+        self.cached.append(0)
+
+    def retire(self, row):
+        self.pool.free(self.tables.pop(row))
+        self.cached.pop(row)
+        return self.texts.pop(row)
+
+    def run(self, num_tokens):
+        """Nest what is not cached yet, decoding and new sequences side by side, and loop."""
+        batch = nest_sequences(
+            [text[n:] for text, n in zip(self.texts, self.cached, strict=True)],
+            context_lens=self.cached,
+            page_tables=self.tables,
+            page_size=self.PAGE_SIZE,
+            num_pages=self.NUM_PAGES,
+            is_decode=[n > 0 for n in self.cached],
+            bucket=self.BUCKET,
+        )
+        logits, cache, batch = self.prefill(self.model.params, self.cache, batch)
+        rest = (jax.random.key(0), jnp.float32(0), jnp.int32(num_tokens), jnp.int32(-1))
+        tokens, counts, self.cache = self.decode(self.model.params, cache, batch, logits, *rest)
+        for row, text in enumerate(self.texts):
+            text.extend(tokens[row, : counts[row]].tolist())
+            self.cached[row] = len(text) - 1  # the last token has been chosen, and not been read
+
+    @pytest.mark.parametrize("implementation", ["xla", "triton"])
+    def test_going_on_equals_never_having_stopped(self, model, tokens, implementation):
+        self.start(model, implementation)
+        self.add(PROMPTS[0])
+        self.add(PROMPTS[3])
+        self.run(5)
+        self.add(PROMPTS[1])
+        self.run(7)
+        assert self.retire(0) == PROMPTS[0] + tokens[0][:12]
+        self.run(1)
+        self.add(PROMPTS[0])  # in pages that were another's
+        self.run(7)
+        assert self.texts == [
+            PROMPTS[3] + tokens[3],
+            PROMPTS[1] + tokens[1][:15],
+            PROMPTS[0] + tokens[0][:7],
+        ]
