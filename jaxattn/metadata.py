@@ -417,7 +417,8 @@ def prepare_metadata(
         max_pages_per_seq: Columns of the rectangular `page_indices`, at least the pages of the
             longest sequence, whose further pages are cut off; it does not exist without.
         derive: Fields of your own, by name: functions of the metadata, which may read any field and
-            each other. They are read as `metadata[name]`.
+            each other. They are read as `metadata[name]`. Functions are static: define them once, since
+            a new one is a new program.
 
     Returns:
         The metadata, shapes given by `batch.bucket`. Reading a field that was not prepared raises
@@ -426,27 +427,44 @@ def prepare_metadata(
     Raises:
         ValueError: If a consumer or a field is unknown.
     """
-    specs = (specs,) if isinstance(specs, AttentionSpec) else tuple(specs)
-    derive = dict(derive or {})
-    if consumers is None:
-        readers = tuple(CONSUMERS.values())
-    else:
-        named = (consumers,) if isinstance(consumers, str | Consumer) else tuple(consumers)
-        readers = resolve_consumers(named)
+    if isinstance(consumers, str | Consumer):
+        consumers = (consumers,)
+    request = _request(
+        batch.page_size is not None,
+        (specs,) if isinstance(specs, AttentionSpec) else tuple(specs),
+        None if consumers is None else tuple(consumers),
+        None if fields is None else tuple(fields),
+        max_pages_per_seq,
+        tuple((derive or {}).items()),
+    )
+    return _prepare(batch, request)
+
+
+@functools.lru_cache(maxsize=256)
+def _request(
+    is_paged: bool,
+    specs: tuple[AttentionSpec, ...],
+    consumers: tuple[str | Consumer, ...] | None,
+    fields: tuple[str, ...] | None,
+    max_pages_per_seq: int | None,
+    own: tuple[tuple[str, Callable[[AttentionMetadata], Array]], ...],
+) -> _Request:
+    """The request that the arguments of `prepare_metadata` stand for."""
+    readers = tuple(CONSUMERS.values()) if consumers is None else resolve_consumers(consumers)
+    derive = dict(own)
     if fields is not None:
         names = {*fields, *derive}
     elif consumers is not None:
         names = {name for reader in readers for name in reader.reads} | set(derive)
     else:
         names = {*METADATA_FIELDS, *VISIBLE_FIELDS, *derive}
-    request = _Request(
-        fields=_existing(names, batch, specs, max_pages_per_seq, derive),
+    return _Request(
+        fields=_existing(names, is_paged, specs, max_pages_per_seq, derive),
         classes=_window_classes(specs, readers),
         ropes=tuple(dict.fromkeys((s.rope, s.head_dim) for s in specs if s.rope is not None)),
         max_pages_per_seq=max_pages_per_seq,
-        derive=tuple(derive.items()),
+        derive=own,
     )
-    return _prepare(batch, request)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -459,7 +477,7 @@ def _prepare(batch: RaggedBatch, request: _Request) -> AttentionMetadata:
 
 def _existing(
     names: set[str],
-    batch: RaggedBatch,
+    is_paged: bool,
     specs: tuple[AttentionSpec, ...],
     max_pages_per_seq: int | None,
     derive: Mapping[str, Any],
@@ -472,8 +490,8 @@ def _existing(
         raise ValueError(f"derive={taken} would replace fields that exist; choose other names")
     has = {
         None: True,
-        PAGES: batch.page_size is not None,
-        TABLE_WIDTH: batch.page_size is not None and max_pages_per_seq is not None,
+        PAGES: is_paged,
+        TABLE_WIDTH: is_paged and max_pages_per_seq is not None,
         ROPE: any(spec.rope is not None for spec in specs),
     }
     exist = {name for name in names if name in derive or has[known[name].needs]}

@@ -1,0 +1,178 @@
+"""Do the tests notice when `batch`, `metadata` or `schedule` is changed by one operator or number?
+
+Question: of a random sample of mutants, what share makes a test fail? A mutant is the package with one
+change made by cosmic-ray: an operator replaced, a comparison turned, a number changed, a condition
+negated. One mutant is kept per place and kind of change, so that a `+`, for which there are eleven
+other operators, does not weigh eleven times as much as a `not`. Annotations are left alone: they are
+strings that never run.
+
+    pip install --group mutation
+    python experiments/mutation.py --sample 300
+
+runs the tests on every mutant of the sample, in copies of the source tree, and writes
+`experiments/results/mutation.json` with the survivors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from cosmic_ray.ast import ast_nodes, get_ast_from_path
+from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.plugins import get_operator, operator_names
+from cosmic_ray.work_item import MutationSpec
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+MODULES = ("jaxattn/batch.py", "jaxattn/metadata.py", "jaxattn/schedule.py")
+# pytest stops at the first failure, so what fails on most mutants stands first.
+TESTS = (
+    "tests/test_batch.py",
+    "tests/test_fields.py",
+    "tests/test_metadata.py",
+    "tests/test_known_bugs.py",
+    "tests/test_int32_bounds.py",
+    "tests/test_laws.py",
+)
+KINDS = ("ReplaceBinaryOperator", "ReplaceComparisonOperator", "ReplaceUnaryOperator", "ReplaceAndWithOr",
+         "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "AddNot", "NumberReplacer",
+         "ZeroIterationForLoop")  # fmt: skip
+RESULTS = ROOT / "experiments" / "results" / "mutation.json"
+
+
+def annotated(module: Path) -> set[tuple[int, int]]:
+    """Positions `(line, column)` that lie inside annotations."""
+    inside: set[tuple[int, int]] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        for child in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if child is None:
+                continue
+            for line in range(child.lineno, child.end_lineno + 1):
+                first = child.col_offset if line == child.lineno else 0
+                last = child.end_col_offset if line == child.end_lineno else 1000
+                inside.update((line, column) for column in range(first, last))
+    return inside
+
+
+def list_mutants(seed: int) -> list[MutationSpec]:
+    """One mutant per place and kind of change, in random order."""
+    rng, chosen = random.Random(seed), {}
+    for module in MODULES:
+        nodes, skipped = list(ast_nodes(get_ast_from_path(ROOT / module))), annotated(ROOT / module)
+        names = [n for n in operator_names() if n.removeprefix("core/").split("_")[0] in KINDS]
+        for name in sorted(names):
+            operator: Any = get_operator(name)()
+            places = [place for node in nodes for place in operator.mutation_positions(node)]
+            for occurrence, (start, end) in enumerate(places):
+                if start in skipped:
+                    continue
+                spec = MutationSpec(Path(module), name, occurrence, start, end)
+                same = chosen.setdefault((module, name.split("_")[0], start), [])
+                same.append(spec)
+    mutants = [rng.choice(same) for _, same in sorted(chosen.items())]
+    rng.shuffle(mutants)
+    return mutants
+
+
+def enter_copy(folder: str) -> None:
+    """Make a copy of the source tree and work in it."""
+    copy = Path(folder) / str(os.getpid())
+    for part in ("jaxattn", "kernels", "tests", "experiments"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "DESIGN.md"):
+        shutil.copy(ROOT / name, copy)
+    os.chdir(copy)
+    sys.dont_write_bytecode = True
+
+
+def changed_lines(diff: str) -> list[str]:
+    """The lines of a unified diff that are removed or added."""
+    return [line for line in diff.splitlines() if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
+
+
+def try_mutant(spec: MutationSpec, timeout_s: float) -> dict[str, Any]:
+    """Run the tests on a mutant, in the current copy."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+    result = mutate_and_test([spec], " ".join(command), timeout_s)
+    return {
+        "module": str(spec.module_path),
+        "line": spec.start_pos[0],
+        "operator": spec.operator_name.removeprefix("core/"),
+        "outcome": "survived" if not result.is_killed else "killed",
+        "diff": changed_lines(result.diff or ""),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Where and on what the figures were taken."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "tests": list(TESTS),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--sample", type=int, default=300, help="mutants to try")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds per mutant")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    mutants = list_mutants(options.seed)
+    sample = mutants[: options.sample]
+    results = []
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        task = progress.add_task("mutants", total=len(sample))
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(
+            options.workers, context, initializer=enter_copy, initargs=(folder,)
+        ) as pool:
+            futures = [pool.submit(try_mutant, spec, options.timeout) for spec in sample]
+            for future in concurrent.futures.as_completed(futures):
+                results.append(future.result())
+                progress.advance(task)
+    killed = sum(r["outcome"] == "killed" for r in results)
+    survivors = sorted(
+        (r for r in results if r["outcome"] == "survived"), key=lambda r: (r["module"], r["line"])
+    )
+    table = Table("module", "mutants", "tried", "killed")
+    everywhere, tried = Counter(str(m.module_path) for m in mutants), Counter(r["module"] for r in results)
+    for module in MODULES:
+        died = sum(r["outcome"] == "killed" for r in results if r["module"] == module)
+        table.add_row(
+            module, str(everywhere[module]), str(tried[module]), f"{died / max(tried[module], 1):.1%}"
+        )
+    Console().print(table)
+    Console().print(f"{killed} of {len(results)} killed, {killed / len(results):.1%}; survivors:")
+    for survivor in survivors:
+        Console().print(survivor["module"], survivor["line"], *survivor["diff"], markup=False)
+    summary = {"mutants": len(mutants), "tried": len(results), "killed": killed, "seed": options.seed}
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(
+        json.dumps({"provenance": provenance(), **summary, "survivors": survivors}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
