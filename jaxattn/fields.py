@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
@@ -141,11 +142,13 @@ def _evaluate(annotation: Any, module: str) -> Any:
 
 
 def _shape_and_dtype(annotation: Any) -> tuple[str | None, str | None]:
-    """From a jaxtyping annotation: `Int32[Array, " R_plus_1"]` is `R+1` and `int32`."""
+    """From a jaxtyping annotation: `Int32[Array, " R_plus_1"]`, or None, is `R+1` and `int32`."""
+    annotation = typing.get_args(annotation)[0] if type(None) in typing.get_args(annotation) else annotation
     if not hasattr(annotation, "dim_str"):
         return None, None
     dtype = annotation.dtypes[0]
-    return ", ".join(annotation.dim_str.split()).replace("_plus_", "+").replace("half_H", "H/2"), dtype
+    axes = ", ".join(annotation.dim_str.split())
+    return axes.replace("_plus_", "+").replace("_times_", "×"), dtype
 
 
 def _one_line(text: str) -> str:

@@ -170,7 +170,7 @@ class AttentionMetadata(Prepared):
         """Whether each row decodes, as the caller stated it."""
         return self._step.batch.is_decode
 
-    @metadata_field(also_called="distribution; num_decodes, num_prefills")
+    @metadata_field(also_called="num_decodes, num_prefills")
     def request_distribution(self) -> Int32[Array, " 3"]:
         """Ends of the groups of decodes, of fresh prefills and of prefills over cached context."""
         return self._phase_groups[0]
