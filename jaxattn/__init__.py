@@ -15,6 +15,8 @@ from jaxattn.fields import MissingFieldError
 from jaxattn.generate import compile_generation, compute_logits, generate, plan_generation
 from jaxattn.metadata import AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, RopeConfig
+from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
+from jaxattn.serve import Server, serve
 from jaxattn.spec import AttentionSpec, WindowClass
 
 __version__ = "0.1.0"
@@ -29,12 +31,16 @@ __all__ = [
     "CheckpointError",
     "Consumer",
     "DecoderConfig",
+    "Finished",
     "MissingFieldError",
     "Model",
     "PagePool",
     "PagedKVCache",
     "RaggedBatch",
     "RopeConfig",
+    "ScheduledStep",
+    "Scheduler",
+    "Server",
     "WindowClass",
     "abstract_batch",
     "advance",
@@ -52,5 +58,6 @@ __all__ = [
     "prepare_metadata",
     "quarter_steps",
     "save_model",
+    "serve",
     "write_cache",
 ]

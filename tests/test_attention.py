@@ -296,7 +296,7 @@ class TestValidation:
 
     def test_schedule_that_was_not_prepared(self):
         metadata = prepare_metadata(self.batch, self.spec, consumers="triton")
-        with pytest.raises(MissingFieldError, match="'schedules' holds no Tiling.*short_q=1"):
+        with pytest.raises(MissingFieldError, match=r"'schedules' holds no Tiling.*short_q=1"):
             self.attend(metadata=metadata, implementation="xla")
 
     def test_head_dim_that_no_kernel_serves(self):

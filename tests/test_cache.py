@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jaxattn import PAD_SLOT, PagePool, init_cache, write_cache
 
@@ -30,12 +31,6 @@ def test_write_refuses_to_broadcast(shape, slots):
     cache = init_cache(num_pages=3, page_size=2, num_kv_heads=2, head_dim=4, dtype="float32")
     with pytest.raises(ValueError, match=r"k.shape=.*; these slots and this cache need \(3, 2, 4\)"):
         write_cache(cache, jnp.ones(shape), jnp.ones(shape), jnp.array(slots, jnp.int32))
-
-
-def test_write_needs_slots():
-    cache = init_cache(num_pages=3, page_size=2, num_kv_heads=2, head_dim=4, dtype="float32")
-    with pytest.raises(ValueError, match="nested without page_tables"):
-        write_cache(cache, jnp.ones((1, 2, 4)), jnp.ones((1, 2, 4)), None)
 
 
 def test_donated_cache_is_written_in_place():
@@ -65,6 +60,86 @@ def test_a_page_is_never_handed_out_twice(actions):
         assert pool.num_free == 12 - pages.size
 
 
+class PoolMachine(RuleBasedStateMachine):
+    """A pool against a dictionary of references; every action takes some held pages."""
+
+    NUM_PAGES, PAGE_SIZE = 7, 3
+
+    def __init__(self):
+        super().__init__()
+        self.pool = PagePool(self.NUM_PAGES, self.PAGE_SIZE)
+        self.model: dict[int, int] = {}
+
+    def held(self, data) -> list[int]:
+        return data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True))
+
+    @rule(num_tokens=st.integers(0, 30))
+    def allocate(self, num_tokens):
+        n = -(-num_tokens // self.PAGE_SIZE)
+        if n > self.NUM_PAGES - len(self.model):
+            with pytest.raises(MemoryError):
+                self.pool.allocate(num_tokens)
+            return
+        pages = self.pool.allocate(num_tokens).tolist()
+        assert len(set(pages)) == n
+        assert not self.model.keys() & set(pages)
+        self.model |= dict.fromkeys(pages, 1)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def share(self, data):
+        pages = self.held(data)
+        self.pool.share(pages)
+        self.model |= {page: self.model[page] + 1 for page in pages}
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def free(self, data):
+        pages = self.held(data)
+        self.pool.free(np.array(pages, np.int32))
+        self.model |= {page: self.model[page] - 1 for page in pages}
+        self.model = {page: n for page, n in self.model.items() if n}
+
+    @rule(
+        pages=st.lists(st.integers(-2, NUM_PAGES + 1), min_size=1), action=st.sampled_from(["share", "free"])
+    )
+    def refuse(self, pages, action):
+        if len(set(pages)) < len(pages) or not set(pages) <= self.model.keys():
+            with pytest.raises(ValueError, match="page"):
+                getattr(self.pool, action)(pages)
+
+    @invariant()
+    def agrees_with_the_model(self):
+        references = self.pool.references(range(self.NUM_PAGES))
+        assert references.tolist() == [self.model.get(page, 0) for page in range(self.NUM_PAGES)]
+        assert self.pool.num_free == self.NUM_PAGES - len(self.model)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=200, stateful_step_count=20)
+
+
+def test_a_shared_page_is_free_after_its_last_holder():
+    pool = PagePool(num_pages=2, page_size=16)
+    pages = pool.allocate(20)
+    pool.share(pages[:1])
+    pool.free(pages)
+    assert pool.references(pages).tolist() == [1, 0]
+    assert pool.allocate(16).tolist() == [pages[1]]
+    with pytest.raises(MemoryError):
+        pool.allocate(1)
+    pool.free(pages)
+    assert pool.num_free == 2
+
+
+def test_no_pages_are_pages_too():
+    pool = PagePool(num_pages=1, page_size=16)
+    assert pool.allocate(0).size == 0
+    pool.share([])
+    pool.free([])
+    assert pool.references([]).size == 0
+
+
 def test_refuses_when_full_and_takes_nothing():
     pool = PagePool(num_pages=3, page_size=16)
     np.testing.assert_array_equal(pool.allocate(17), [0, 1])
@@ -73,21 +148,25 @@ def test_refuses_when_full_and_takes_nothing():
     assert pool.num_free == 1
 
 
+@pytest.mark.parametrize("action", ["share", "free"])
 @pytest.mark.parametrize(
     ("pages", "message"),
     [
         ([0.5], "pages has dtype float64"),
-        ([5], "page 5 is out of range"),
+        ([[0, 1]], r"and shape \(1, 2\); expected one axis"),
+        ([0, 5], "page 5 is out of range"),
+        ([0, -1], "page -1 is out of range"),
         ([0, 0], "names a page twice"),
-        ([2], "page 2 is not allocated"),
+        ([0, 2], "page 2 is not allocated"),
     ],
 )
-def test_refuses_to_free(pages, message):
+def test_refuses_and_changes_nothing(action, pages, message):
     pool = PagePool(num_pages=3, page_size=16)
     pool.allocate(17)
     with pytest.raises(ValueError, match=message):
-        pool.free(np.array(pages))
+        getattr(pool, action)(np.array(pages))
     assert pool.num_free == 1
+    assert pool.references([0, 1, 2]).tolist() == [1, 1, 0]
 
 
 def test_impossible_pools():
@@ -95,3 +174,5 @@ def test_impossible_pools():
         PagePool(3, 0)
     with pytest.raises(ValueError, match="num_tokens=-1 must not be negative"):
         PagePool(3, 1).allocate(-1)
+    with pytest.raises(ValueError, match="page 3 is out of range"):
+        PagePool(3, 1).references([3])

@@ -1,0 +1,188 @@
+"""Serve requests of a decoder in continuous batches: schedule, nest, one step on the device, commit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from jaxattn.batch import RaggedBatch
+from jaxattn.buckets import Bucket, BucketGrid, powers_of_two
+from jaxattn.cache import PagePool
+from jaxattn.generate import DEFAULT_PAGE_SIZE
+from jaxattn.models import DecoderConfig, Model, init_cache
+from jaxattn.models.decoder import Cache, Params
+from jaxattn.models.steps import step
+from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
+
+
+class Server:
+    """A model, its paged cache and a scheduler. New requests may come between any two steps.
+
+    The likeliest token is taken: a request's tokens are those of `generate`, whatever runs beside
+    it and however it is cut into chunks.
+
+    Args:
+        model: The model.
+        num_pages: Pages of the cache.
+        page_size: Tokens per page.
+        token_budget: Most query tokens per step.
+        max_seqs: Most requests that run at a time.
+        max_chunk: Most tokens of one prompt per step; None for no other limit than the budget.
+        share_prefixes: Whether requests share the pages of common prefixes.
+        implementation: Of the attention; see `jaxattn.attention`.
+        grid: The buckets to choose from, one program each; default powers of two up to the largest
+            step there can be.
+
+    Attributes:
+        scheduler: Which requests wait and run, and what was done so far.
+
+    Raises:
+        ValueError: If a limit is not an integer of at least 1, or the grid does not hold every step
+            there can be.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_pages: int,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        token_budget: int = 256,
+        max_seqs: int = 32,
+        max_chunk: int | None = None,
+        share_prefixes: bool = True,
+        implementation: str = "auto",
+        grid: BucketGrid | None = None,
+    ) -> None:
+        self.scheduler = Scheduler(
+            PagePool(num_pages, page_size),
+            token_budget=token_budget,
+            max_seqs=max_seqs,
+            max_chunk=max_chunk,
+            share_prefixes=share_prefixes,
+            vocab_size=model.config.vocab_size,
+        )
+        num_seqs = min(max_seqs, token_budget)
+        # A shared page is listed once per row.
+        num_listed = num_pages * (num_seqs if share_prefixes else 1)
+        self._grid = _default_grid(token_budget, num_seqs, num_listed) if grid is None else grid
+        self._grid.pick(tokens=token_budget, seqs=num_seqs, pages=num_listed)
+        self._model = model
+        self._implementation = implementation
+        self._cache = init_cache(
+            model.config, num_pages=num_pages, page_size=page_size, dtype=model.programs.dtype
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return self.scheduler.has_work
+
+    def add(
+        self, prompt: Sequence[Any] | np.ndarray, max_new_tokens: int, *, stop_token_id: int | None = None
+    ) -> int:
+        """Put a request at the end of the queue; see `Scheduler.add`.
+
+        Args:
+            prompt: Token ids.
+            max_new_tokens: Tokens to add to it.
+            stop_token_id: The request ends with this token.
+
+        Returns:
+            The number of the request.
+
+        Raises:
+            ValueError: If an argument is out of range, or the tokens could not be held even by the
+                whole cache.
+        """
+        return self.scheduler.add(prompt, max_new_tokens, stop_token_id=stop_token_id)
+
+    def step(self) -> list[Finished]:
+        """Run one step.
+
+        Returns:
+            The requests that finished with it; none where there is no work.
+        """
+        scheduled = self.scheduler.schedule()
+        if scheduled is None:
+            return []
+        batch = scheduled.nest(bucket=self._bucket(scheduled), transfer=False)
+        token_ids, self._cache = _greedy_step(
+            self._model.params,
+            self._cache,
+            batch,
+            config=self._model.config,
+            implementation=self._implementation,
+        )
+        return self.scheduler.commit(scheduled, np.asarray(token_ids)[: scheduled.num_rows])
+
+    def run(self) -> dict[int, list[int]]:
+        """Run steps until no request is left.
+
+        Returns:
+            The new tokens of each request that finished meanwhile, by its number.
+        """
+        results: dict[int, list[int]] = {}
+        while self.has_work:
+            results |= {done.request_id: done.token_ids for done in self.step()}
+        return results
+
+    def _bucket(self, scheduled: ScheduledStep) -> Bucket:
+        bucket = self._grid.pick(
+            tokens=scheduled.token_ids.size, seqs=scheduled.num_rows, pages=scheduled.page_tables.size
+        )
+        return bucket.decode() if scheduled.q_lens.max() == 1 else bucket
+
+
+def serve(
+    model: Model,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    *,
+    stop_token_id: int | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Continue every prompt, in continuous batches over a cache of limited size.
+
+    Args:
+        model: The model.
+        prompts: Token ids, one list or 1-D integer array per prompt.
+        max_new_tokens: Tokens to add to each prompt.
+        stop_token_id: A sequence that chooses this token ends with it.
+        **options: Of `Server`; `num_pages` is required.
+
+    Returns:
+        The new tokens of each prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: If an argument is out of range, or a prompt could not be held by the whole cache.
+    """
+    server = Server(model, **options)
+    request_ids = [server.add(prompt, max_new_tokens, stop_token_id=stop_token_id) for prompt in prompts]
+    results = server.run()
+    return [results[request_id] for request_id in request_ids]
+
+
+def _default_grid(tokens: int, seqs: int, pages: int) -> BucketGrid:
+    return BucketGrid(
+        tokens=powers_of_two(min(16, tokens), tokens),
+        pages=powers_of_two(min(16, pages), pages) if pages else (1,),
+        max_seqs=seqs,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
+def _greedy_step(
+    params: Params, cache: Cache, batch: RaggedBatch, *, config: DecoderConfig, implementation: str
+) -> tuple[Int32[Array, " R"], Cache]:
+    """One step over a paged batch: the likeliest next token of each row, and the cache."""
+    logits, cache = step(
+        params, cache, batch, config=config, num_rows=batch.bucket.seqs, implementation=implementation
+    )
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache

@@ -1,0 +1,106 @@
+"""Serving against `generate`: the same tokens, however requests are cut, ordered, preempted or shared."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from jaxattn import BucketGrid, DecoderConfig, Model, generate
+from jaxattn.models import init_params
+from jaxattn.serve import Server, serve
+
+CONFIG = DecoderConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    sliding_windows=(None, 7),
+)
+COMMON = [(5 * i) % 97 for i in range(20)]
+PROMPTS = [[1, 5, 9], [*COMMON, 3], [7], [*COMMON, 4, 2], COMMON[:16], [3] * 17, [*COMMON, 3]]
+NEW = 12
+# One bucket for mixed steps and one for decoding: two programs for all of these tests.
+OPTIONS = {
+    "page_size": 4,
+    "num_pages": 12,
+    "implementation": "xla",
+    "grid": BucketGrid(tokens=(32,), pages=(128,), max_seqs=8),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    params = init_params(jax.random.key(0), CONFIG)
+    # Large weights: attention far from uniform, and no ties between likely tokens.
+    return Model.from_params(CONFIG, jax.tree.map(lambda x: 1.5 * x, params))
+
+
+@pytest.fixture(scope="module")
+def tokens(model) -> list[list[int]]:
+    return generate(model, PROMPTS, NEW, implementation="xla")
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"token_budget": 32, "max_seqs": 8},
+        {"token_budget": 32, "max_seqs": 8, "max_chunk": 3},
+        {"token_budget": 5, "max_seqs": 2},
+        {"token_budget": 1, "max_seqs": 1},
+    ],
+)
+def test_served_tokens_are_generated_tokens(model, tokens, limits, share_prefixes):
+    server = Server(model, share_prefixes=share_prefixes, **limits, **OPTIONS)
+    requests = [server.add(prompt, NEW) for prompt in PROMPTS]
+    results = server.run()
+    assert [results[request] for request in requests] == tokens
+    stats = server.scheduler.stats
+    assert (stats.num_shared_tokens > 0) == share_prefixes
+    assert (stats.num_preemptions > 0) == (limits["max_seqs"] > 1)
+
+
+def test_requests_may_come_between_steps(model, tokens):
+    server = Server(model, token_budget=16, max_seqs=4, **OPTIONS)
+    requests, results = [], {}
+    while len(results) < len(PROMPTS):
+        if len(requests) < len(PROMPTS):
+            requests.append(server.add(PROMPTS[len(requests)], NEW))
+        results |= {done.request_id: done.token_ids for done in server.step()}
+    assert [results[request] for request in requests] == tokens
+    assert server.step() == []
+
+
+def test_the_default_grid_holds_every_step(model, tokens):
+    options = {"page_size": 16, "num_pages": 5, "token_budget": 8, "max_seqs": 2}
+    served = serve(model, PROMPTS[:3], NEW, implementation="xla", **options)
+    assert served == tokens[:3]
+
+
+def test_stop_token(model, tokens):
+    stop = tokens[1][4]
+    served = serve(model, PROMPTS, NEW, stop_token_id=stop, token_budget=32, max_seqs=8, **OPTIONS)
+    assert served == generate(model, PROMPTS, NEW, stop_token_id=stop, implementation="xla")
+    assert any(len(new) < NEW for new in served)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([97], {}, r"prompt\[0\]=97 is no token id: expected 0 <= id < 97"),
+        (
+            [1] * 40,
+            {},
+            "a prompt of 40 tokens and max_new_tokens=12 need 13 pages of 4 tokens, but the cache",
+        ),
+        ([1], {"token_budget": 33}, "tokens=33 exceeds the grid's largest size 32"),
+        ([1], {"num_pages": 17}, "pages=136 exceeds the grid's largest size 128"),
+        ([1], {"max_seqs": 0}, "max_seqs=0 must be an integer of at least 1"),
+    ],
+)
+def test_refuses(model, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        serve(model, [prompt], NEW, **{"token_budget": 32, "max_seqs": 8, **OPTIONS, **options})
