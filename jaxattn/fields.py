@@ -121,7 +121,9 @@ def field_table(kind: type) -> list[FieldInfo]:
     """The table of the fields that a class holds: a `Prepared` one, a record, or one of properties."""
     if issubclass(kind, Prepared):
         return [definition.info() for definition in fields_of(kind).values()]
-    properties = {name: value.fget for name, value in vars(kind).items() if isinstance(value, property)}
+    properties = {
+        name: value.fget for name, value in vars(kind).items() if isinstance(value, property) and value.fget
+    }
     if properties:
         return [MetadataField(getter, "", None).info() for getter in properties.values()]
     return [

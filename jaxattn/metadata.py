@@ -24,7 +24,7 @@ from jaxattn.cascade import Cascade, find_cascade
 from jaxattn.consumers import CONSUMERS, Consumer, resolve_consumers
 from jaxattn.fields import MissingFieldError, Prepared, fields_of, metadata_field
 from jaxattn.rope import RopeConfig, RopeTables, rope_tables
-from jaxattn.schedule import TileSchedule, Tiling, schedule_tiles, segment_of
+from jaxattn.schedule import TileSchedule, Tiling, longest_first, schedule_tiles, segment_of
 from jaxattn.spec import AttentionSpec, Visibility
 
 # What a field may need to exist (`metadata_field(needs=...)`).
@@ -67,6 +67,7 @@ class VisibleKeys(Prepared):
                 batch.bucket,
                 tiling,
                 cu_q_lens=self._step.step.cu_q_lens,
+                token_to_seq=self._step.step.token_to_seq,
                 kv_start=self.kv_start,
                 kv_end=self.kv_end,
                 max_keys=batch.bucket.tokens if page_size is None else batch.bucket.pages * page_size,
@@ -74,6 +75,11 @@ class VisibleKeys(Prepared):
             )
             for tiling in self._step.tilings
         )
+
+    @metadata_field(also_called="varlen_batch_idx")
+    def longest_first(self) -> tuple[tuple[Int32[Array, " W"], ...], ...]:
+        """Per schedule and list, its tiles by descending number of keys, dead ones last."""
+        return tuple(tuple(longest_first(tiles) for tiles in s.lists) for s in self.schedules)
 
     @property
     def _step(self) -> _PreparingVisible:
@@ -157,8 +163,12 @@ class AttentionMetadata(Prepared):
     def positions(self) -> Int32[Array, " T"]:
         """Position of each token in its sequence; 0 for padding."""
         token = jnp.arange(self.bucket.tokens, dtype=jnp.int32)
-        row = self._row_of_token
-        return jnp.where(self._is_real_token, self.context_lens[row] + token - self.cu_q_lens[row], 0)
+        # From a token's place to its position it is equally far for all tokens of a row: one gather.
+        if self.page_size is None:  # nothing is cached
+            position = token - self.cu_q_lens[self._row_of_token]
+        else:
+            position = token + (self.kv_lens - self.cu_q_lens[1:])[self._row_of_token]
+        return jnp.where(self._is_real_token, position, 0)
 
     @metadata_field(also_called="logits_gather_indices")
     def logits_indices(self) -> Int32[Array, " R"]:
@@ -215,9 +225,9 @@ class AttentionMetadata(Prepared):
         """Those pages, sequence after sequence in logical order; 0 past the end."""
         entry = jnp.arange(self.bucket.pages, dtype=jnp.int32)
         seq = segment_of(self.kv_page_indptr[1:], self.bucket.pages)
-        logical = entry - self.kv_page_indptr[seq]
-        page = self._step.batch.page_list[self._step.batch.page_indptr[seq] + logical]
-        return jnp.where(entry < self.kv_page_indptr[-1], page, 0)
+        # The reserved pages before it move a sequence's pages equally far: one gather.
+        moved = (self._step.batch.page_indptr - self.kv_page_indptr)[seq]
+        return jnp.where(entry < self.kv_page_indptr[-1], self._step.batch.page_list[entry + moved], 0)
 
     @metadata_field(also_called="last_page_len", needs=PAGES)
     def kv_last_page_lens(self) -> Int32[Array, " R"]:
@@ -274,6 +284,19 @@ class AttentionMetadata(Prepared):
         if self.page_size is None:
             return self.kv_lens
         return jnp.minimum(self.kv_lens, jnp.diff(self._step.batch.page_indptr) * self.page_size)
+
+    @metadata_field()
+    def _kv_ends(self) -> Int32[Array, " T"]:
+        """One past the last key of each token's sequence; 0 for padding."""
+        return jnp.where(self._is_real_token, self._stored_lens[self._row_of_token], 0)
+
+    @metadata_field()
+    def _causal_ends(self) -> Int32[Array, " T"]:
+        """One past each token's own key; 0 for padding."""
+        if self.page_size is None:
+            return jnp.where(self._is_real_token, self.positions + 1, 0)
+        # A sequence that outran its pages sees the keys it has a place for, never another sequence's.
+        return jnp.minimum(self.positions + 1, self._kv_ends)
 
     @metadata_field()
     def _phase_groups(self) -> tuple[Int32[Array, " 3"], Int32[Array, " R"]]:
@@ -380,9 +403,7 @@ class _PreparingVisible(VisibleKeys):
     @functools.cached_property
     def visible_range(self) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
         step = self.step
-        # A sequence that outran its pages sees the keys it has a place for, never another sequence's.
-        kv_ends = jnp.where(step._is_real_token, step._stored_lens[step._row_of_token], 0)
-        return self.window_class.visible_range(step.positions, kv_ends)
+        return self.window_class.visible_range(step.positions, step._causal_ends, step._kv_ends)
 
     def prepared(self) -> VisibleKeys:
         names = [name for name in VISIBLE_FIELDS if name in self.step.request.fields]

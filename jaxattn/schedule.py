@@ -12,6 +12,7 @@ synchronisation and no data-dependent shape.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import NamedTuple, no_type_check
 
@@ -60,9 +61,6 @@ class Tiles:
     )
     kv_end: Int32[Array, " W"] = described(
         "one past the last such key; equal to `kv_start` where none is seen", "upper_bounds"
-    )
-    longest_first: Int32[Array, " W"] = described(
-        "tiles by descending number of keys, dead ones last", "varlen_batch_idx"
     )
     num_live: Int32[Array, ""] = described("tiles with query tokens", "num_m_blocks, summed")
     num_attending: Int32[Array, ""] = described("tiles of real sequences; they come first")
@@ -161,6 +159,7 @@ def schedule_tiles(
     tiling: Tiling,
     *,
     cu_q_lens: Int32[Array, " R_plus_1"],
+    token_to_seq: Int32[Array, " T"],
     kv_start: Int32[Array, " T"],
     kv_end: Int32[Array, " T"],
     max_keys: int,
@@ -172,86 +171,126 @@ def schedule_tiles(
         bucket: Static sizes.
         tiling: How to cut.
         cu_q_lens: Prefix sums of query lengths.
+        token_to_seq: Row of each token; R for padding.
         kv_start: First visible key of each token; within a sequence it never decreases.
         kv_end: One past the last visible key of each token; within a sequence it never decreases.
         max_keys: The most keys that all sequences have together (static).
         span: The most keys that one token sees; None where ranges begin with their sequence (static).
     """
     T, R = bucket.tokens, bucket.seqs
+
+    def with_split(tiles: Tiles, split_keys: int | None) -> Tiles:
+        if split_keys is None:
+            return tiles
+        units = split_bound(tiles.seq.shape[0], max_keys, split_keys, span, tiles.block_q)
+        return dataclasses.replace(tiles, split=_split(tiles, split_keys, units))
+
+    if bucket.max_q_len == 1:
+        short = _cut_single_tokens(cu_q_lens, token_to_seq, kv_start, kv_end, block_q=tiling.short_q)
+        return TileSchedule(short=with_split(short, tiling.split_keys), long=None, tiling=tiling)
+
     # Row R holds the padding tokens.
     row_ends = jnp.concatenate([cu_q_lens[1:], jnp.full(1, T, jnp.int32)])
-    row_lens = row_ends - cu_q_lens
-    is_short = row_lens <= tiling.short_q
 
-    def cut(selected: Bool[Array, " R_plus_1"], block_q: int, num_tiles: int, split: int | None) -> Tiles:
-        return _cut(
-            cu_q_lens,
-            row_lens,
-            selected,
-            kv_start,
-            kv_end,
-            block_q=block_q,
-            num_tiles=num_tiles,
-            split_keys=split,
-            max_units=split_bound(num_tiles, max_keys, split, span, block_q) if split else 0,
-        )
+    def cut(selected: Bool[Array, " R_plus_1"] | None, block_q: int, num_tiles: int) -> Tiles:
+        return _cut(cu_q_lens, row_ends, selected, kv_start, kv_end, block_q=block_q, num_tiles=num_tiles)
 
     if bucket.max_q_len <= tiling.short_q or tiling.long_q <= tiling.short_q:
-        everything = jnp.ones_like(is_short)
+        short = cut(None, tiling.short_q, tile_bound(T, R + 1, tiling.short_q))
         # Without a promise of short queries a sequence has several tiles, and no bound on its units.
-        split = tiling.split_keys if bucket.max_q_len <= tiling.short_q else None
-        short = cut(everything, tiling.short_q, tile_bound(T, R + 1, tiling.short_q), split)
-        return TileSchedule(short=short, long=None, tiling=tiling)
-    short = cut(is_short, tiling.short_q, min(T, R + 1), tiling.split_keys)
-    num_long = tile_bound(T, R + 1, tiling.long_q, min_q=tiling.short_q + 1)
-    return TileSchedule(short=short, long=cut(~is_short, tiling.long_q, num_long, None), tiling=tiling)
+        split_keys = tiling.split_keys if bucket.max_q_len <= tiling.short_q else None
+        return TileSchedule(short=with_split(short, split_keys), long=None, tiling=tiling)
+    is_short = row_ends - cu_q_lens <= tiling.short_q
+    short = cut(is_short, tiling.short_q, min(T, R + 1))
+    long = cut(~is_short, tiling.long_q, tile_bound(T, R + 1, tiling.long_q, min_q=tiling.short_q + 1))
+    return TileSchedule(short=with_split(short, tiling.split_keys), long=long, tiling=tiling)
+
+
+def longest_first(tiles: Tiles) -> Int32[Array, " W"]:
+    """Tiles by descending number of keys, dead ones last: the order in which a device ends soonest."""
+    cost = jnp.where(tiles.q_len > 0, tiles.kv_end - tiles.kv_start, -1)
+    return jnp.argsort(cost, descending=True, stable=True).astype(jnp.int32)
 
 
 def _cut(
     row_starts: Int32[Array, " R_plus_1"],
-    row_lens: Int32[Array, " R_plus_1"],
-    selected: Bool[Array, " R_plus_1"],
+    row_ends: Int32[Array, " R_plus_1"],
+    selected: Bool[Array, " R_plus_1"] | None,
     kv_start: Int32[Array, " T"],
     kv_end: Int32[Array, " T"],
     *,
     block_q: int,
     num_tiles: int,
-    split_keys: int | None,
-    max_units: int,
 ) -> Tiles:
-    tiles_of_row = jnp.where(selected, (row_lens + block_q - 1) // block_q, 0)
+    """Tiles of the selected rows, or of all."""
+    tiles_of_row = (row_ends - row_starts + (block_q - 1)) // block_q
+    if selected is not None:
+        tiles_of_row = jnp.where(selected, tiles_of_row, 0)
     tile_ends = jnp.cumsum(tiles_of_row, dtype=jnp.int32)
-    seq = segment_of(tile_ends, num_tiles)
-    live = jnp.arange(num_tiles, dtype=jnp.int32) < tile_ends[-1]
-    seq = jnp.where(live, seq, 0)
-    offset = (jnp.arange(num_tiles, dtype=jnp.int32) - (tile_ends - tiles_of_row)[seq]) * block_q
-    q_start = jnp.where(live, row_starts[seq] + offset, 0)
-    q_len = jnp.where(live, jnp.minimum(block_q, row_lens[seq] - offset), 0)
+    tile = jnp.arange(num_tiles, dtype=jnp.int32)
+    live = tile < tile_ends[-1]
+    seq = jnp.where(live, segment_of(tile_ends, num_tiles), 0)
+    # A row's first token and its first tile, folded into one distance per row: one gather.
+    shift = row_starts - (tile_ends - tiles_of_row) * block_q
+    q_start = jnp.where(live, tile * block_q + shift[seq], 0)
+    if block_q == 1:
+        q_len, last = live.astype(jnp.int32), q_start
+    else:
+        q_len = jnp.where(live, jnp.minimum(block_q, row_ends[seq] - q_start), 0)
+        last = jnp.maximum(q_start + q_len - 1, 0)
     # Ranges never decrease within a sequence: the first token begins the tile's, the last ends it.
-    last = jnp.maximum(q_start + q_len - 1, 0)
-    tile_start, tile_end = jnp.where(live, kv_start[q_start], 0), jnp.where(live, kv_end[last], 0)
-    cost = jnp.where(live, tile_end - tile_start, -1)
     return Tiles(
         seq=seq,
         q_start=q_start,
         q_len=q_len,
-        kv_start=tile_start,
-        kv_end=tile_end,
-        longest_first=jnp.argsort(cost, descending=True, stable=True).astype(jnp.int32),
+        kv_start=jnp.where(live, kv_start[q_start], 0),
+        kv_end=jnp.where(live, kv_end[last], 0),
         num_live=tile_ends[-1],
         num_attending=tile_ends[-2],
-        split=_split(tile_start, tile_end, live, split_keys, max_units) if split_keys else None,
+        split=None,
         block_q=block_q,
     )
 
 
-def _split(
-    tile_start: Int32[Array, " W"],
-    tile_end: Int32[Array, " W"],
-    live: Bool[Array, " W"],
-    split_keys: int,
-    max_units: int,
-) -> SplitPlan:
+def _cut_single_tokens(
+    cu_q_lens: Int32[Array, " R_plus_1"],
+    token_to_seq: Int32[Array, " T"],
+    kv_start: Int32[Array, " T"],
+    kv_end: Int32[Array, " T"],
+    *,
+    block_q: int,
+) -> Tiles:
+    """Where no sequence has more than one token: a tile per token, then tiles of padding.
+
+    No row has to be searched for.
+    """
+    T, R, num_tokens = token_to_seq.shape[0], cu_q_lens.shape[0] - 1, cu_q_lens[-1]
+    num_tiles = tile_bound(T, R + 1, block_q)
+    tile = jnp.arange(num_tiles, dtype=jnp.int32)
+    if block_q == 1:
+        seq, q_start, q_len, num_live = token_to_seq, tile, jnp.ones(T, jnp.int32), jnp.int32(T)
+    else:
+        is_real = tile < num_tokens
+        q_start = jnp.where(is_real, tile, num_tokens + (tile - num_tokens) * block_q)
+        live = q_start < T
+        q_start, seq = jnp.where(live, q_start, 0), jnp.where(live, token_to_seq[:num_tiles], 0)
+        q_len = jnp.where(live, jnp.where(is_real, 1, jnp.minimum(T - q_start, block_q)), 0)
+        num_live = num_tokens + (T - num_tokens + (block_q - 1)) // block_q
+    return Tiles(
+        seq=seq,
+        q_start=q_start,
+        q_len=q_len,
+        kv_start=kv_start[:num_tiles],  # of padding it is empty, as its tiles' ranges are
+        kv_end=kv_end[:num_tiles],
+        num_live=num_live,
+        num_attending=num_tokens,
+        split=None,
+        block_q=block_q,
+    )
+
+
+def _split(tiles: Tiles, split_keys: int, max_units: int) -> SplitPlan:
+    tile_start, tile_end, live = tiles.kv_start, tiles.kv_end, tiles.q_len > 0
     first = tile_start // split_keys
     units = jnp.maximum((tile_end + split_keys - 1) // split_keys - first, 1)
     indptr = jnp.concatenate(

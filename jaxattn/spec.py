@@ -28,14 +28,18 @@ class Visibility(Protocol):
         ...
 
     def visible_range(
-        self, positions: Int32[Array, " T"], kv_ends: Int32[Array, " T"]
+        self,
+        positions: Int32[Array, " T"],
+        causal_ends: Int32[Array, " T"],
+        kv_ends: Int32[Array, " T"],
     ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
         """First and one past the last visible key of each token; within a sequence neither decreases.
 
         Args:
             positions: Position of each token in its sequence; 0 for padding.
-            kv_ends: One past the last key of each token's sequence, which no range may pass; 0 for
-                padding, so that nothing is visible from there.
+            causal_ends: One past the token's own key; 0 for padding, which sees none.
+            kv_ends: One past the last key of the token's sequence, which no range may pass; 0 for
+                padding.
         """
         ...
 
@@ -60,10 +64,14 @@ class WindowClass:
         return self.sliding_window
 
     def visible_range(
-        self, positions: Int32[Array, " T"], kv_ends: Int32[Array, " T"]
+        self,
+        positions: Int32[Array, " T"],
+        causal_ends: Int32[Array, " T"],
+        kv_ends: Int32[Array, " T"],
     ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
         """First and one past the last visible key of each token (see `Visibility`)."""
-        kv_end = jnp.minimum(positions + 1, kv_ends) if self.causal else kv_ends
+        del positions
+        kv_end = causal_ends if self.causal else kv_ends
         if self.sliding_window is None:
             return jnp.zeros_like(kv_end), kv_end
         return jnp.maximum(kv_end - self.sliding_window, 0), kv_end

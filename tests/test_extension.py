@@ -33,8 +33,8 @@ class ChunkClass:
     def span(self) -> int:
         return self.chunk
 
-    def visible_range(self, positions, kv_ends):
-        return jnp.minimum(positions - positions % self.chunk, kv_ends), jnp.minimum(positions + 1, kv_ends)
+    def visible_range(self, positions, causal_ends, kv_ends):
+        return jnp.minimum(positions - positions % self.chunk, causal_ends), causal_ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

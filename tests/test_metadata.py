@@ -1,5 +1,6 @@
 """Every field against its definition, written out sequence by sequence in Python."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -232,8 +233,8 @@ def test_longest_tiles_first():
     batch = nest_sequences(
         [[1]] * 3, context_lens=[3, 9, 5], page_tables=[[0], [1], [2]], page_size=16, bucket=BUCKET.decode()
     )
-    (visible,) = prepare_metadata(batch, SPECS[0], consumers="xla").visible
-    np.testing.assert_array_equal(visible.schedules[0].short.longest_first[:3], [1, 2, 0])
+    (visible,) = prepare_metadata(batch, SPECS[0], consumers="xla", fields=("longest_first",)).visible
+    np.testing.assert_array_equal(visible.longest_first[0][0], [1, 2, 0, 3, 4, 5])
 
 
 def test_page_indices_hold_the_pages_with_keys():
@@ -276,6 +277,29 @@ def test_every_token_stands_in_one_tile(case):
             np.testing.assert_array_equal(covered, 1)
 
 
+@settings(max_examples=100)
+@given(st.integers(1, 8), st.lists(st.booleans(), min_size=8, max_size=8), st.sampled_from([1, 3, 4, 20]))
+def test_every_token_of_a_decode_step_stands_in_one_tile(n, goes_on, short_q):
+    """The same where tiles are not searched for, with rows that are quiet."""
+    bucket = Bucket(8, 8, 16, max_q_len=1)
+    pages = {"page_tables": np.arange(n)[:, None], "page_size": 16}
+    batch = nest_sequences([[1]] * n, context_lens=[*range(1, n + 1)], **pages, bucket=bucket)
+    batch = advance(batch, jnp.zeros(8, jnp.int32), q_lens=jnp.array(goes_on, jnp.int32))
+    consumer = Consumer("c", frozenset(), DECODE_TILINGS[short_q])
+    m = prepare_metadata(batch, SPECS[1], consumers=consumer, fields=("token_to_seq", "schedules", *RANGES))
+    (visible,) = m.visible
+    (schedule,) = visible.schedules
+    covered = np.zeros(8, int)
+    check_tiles(m, visible, schedule.short, covered)
+    np.testing.assert_array_equal(covered, 1)
+    assert schedule.long is None
+    assert int(schedule.short.num_attending) == sum(goes_on[:n])
+
+
+RANGES = ("kv_start", "kv_end")
+DECODE_TILINGS = {q: functools.partial(lambda spec, q: Tiling(q, 64), q=q) for q in (1, 3, 4, 20)}
+
+
 def check_tiles(m, visible, tiles, covered):
     live, attending = int(tiles.num_live), int(tiles.num_attending)
     assert (np.asarray(tiles.q_len[live:]) == 0).all()
@@ -286,7 +310,7 @@ def check_tiles(m, visible, tiles, covered):
         np.testing.assert_array_equal(m.token_to_seq[tokens], tiles.seq[i])
         assert int(tiles.kv_start[i]) == int(visible.kv_start[tokens].min())
         assert int(tiles.kv_end[i]) == int(visible.kv_end[tokens].max())
-        assert (int(tiles.seq[i]) == BUCKET.seqs) == (i >= attending)
+        assert (int(tiles.seq[i]) == m.bucket.seqs) == (i >= attending)
 
 
 @settings(max_examples=200)
@@ -309,7 +333,14 @@ def test_short_and_long_queries_stand_in_their_own_lists():
     tiling = Tiling(short_q=2, long_q=8)
     zeros = jnp.zeros(40, jnp.int32)
     schedule = schedule_tiles(
-        BUCKET, tiling, cu_q_lens=batch.cu_q_lens, kv_start=zeros, kv_end=zeros, max_keys=0, span=None
+        BUCKET,
+        tiling,
+        cu_q_lens=batch.cu_q_lens,
+        token_to_seq=zeros,
+        kv_start=zeros,
+        kv_end=zeros,
+        max_keys=0,
+        span=None,
     )
     assert schedule.long is not None
     np.testing.assert_array_equal(schedule.short.seq[:3], [0, 2, 3])
