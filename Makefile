@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 # Further requirements of the environment.
 WITH ?=
+# A process per core; the tests of a file share compiled programs.
+PARALLEL ?= -n auto --dist loadfile
 
 .PHONY: help demo test test-slow test-oldest test-compile tables check install clean
 
@@ -20,13 +22,14 @@ demo: $(VENV)/installed
 	$(VENV)/bin/jaxattn demo
 
 test: $(VENV)/installed
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL)
 
 test-slow: $(VENV)/installed
-	$(PYTHON) -m pytest -m "slow"
+	$(PYTHON) -m pytest $(PARALLEL) -m "slow"
 
+# Fewer examples per property: what the oldest version lacks shows on the first ones.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2"
+	JAXATTN_EXAMPLES=25 $(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2"
 
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile:

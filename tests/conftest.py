@@ -2,12 +2,13 @@
 
 import hypothesis
 import jax
+from effort import EXAMPLES
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # How long an example takes says nothing of its correctness: machines are noisy, and some compile.
 hypothesis.settings.register_profile(
-    "jaxattn", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "jaxattn", max_examples=EXAMPLES, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("jaxattn")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import checkify
 
@@ -434,7 +434,6 @@ def test_advance_refuses_a_bucket_that_cannot_follow(bucket):
         advance(batch, jnp.zeros(4, jnp.int32), bucket=bucket)
 
 
-@settings(max_examples=50)
 @given(data=st.data())
 def test_advancing_equals_nesting_again(data):
     """Law 4: any number of device steps, over any page crossings, equals nesting on the host."""

@@ -42,7 +42,6 @@ def test_donated_cache_is_written_in_place():
     assert cache.k_pages.is_deleted()
 
 
-@settings(max_examples=100)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40))
 def test_a_page_is_never_handed_out_twice(actions):
     pool = PagePool(num_pages=12, page_size=4)
@@ -116,7 +115,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=200, stateful_step_count=20)
+TestPool.settings = settings(stateful_step_count=20)
 
 
 def test_a_shared_page_is_free_after_its_last_holder():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from effort import EXAMPLES, THOROUGH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import checkify
@@ -338,19 +339,19 @@ def thoroughly(check, examples: int, name: str, **options):
 
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_values(name):
-    thoroughly(check_values, 200, name)
+    thoroughly(check_values, EXAMPLES, name)
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_round_trip(name):
-    thoroughly(check_round_trip, 200, name)
+    thoroughly(check_round_trip, EXAMPLES, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONVENTIONS)
 @pytest.mark.parametrize("check", [check_values, check_round_trip])
 def test_thoroughly(check, name):
-    thoroughly(check, 5000, name)
+    thoroughly(check, THOROUGH, name)
     thoroughly(check, 1000, name, quiet=False, reserve=False)
 
 
@@ -509,7 +510,6 @@ def test_trap_slot_mapping_is_int64_in_vllm_and_the_host_casts_it():
     assert (on_host[sum(EXAMPLE.q_lens) :] == -1).all()
 
 
-@settings(max_examples=200)
 @given(cases())
 def test_trap_v3_wants_single_tokens_first_and_a_way_back(case):
     """Its kernel for the first group reads one token per row, and that for the second `CHUNK`."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxattn import (
@@ -60,7 +60,6 @@ def nest(case):
     )
 
 
-@settings(max_examples=100)
 @given(paged_batches())
 def test_fields(case):
     q_lens, contexts, page_size, tables = case
@@ -103,7 +102,6 @@ def test_fields(case):
         equal(visible.kv_end, [end(*t) for t in tokens], 0, T)
 
 
-@settings(max_examples=200)
 @given(st.data())
 def test_rows_in_decode_first_order(data):
     """A stable partition, written out: decodes, fresh prefills, prefills over context, padding."""
@@ -145,7 +143,6 @@ def test_state_slots_default_to_rows_and_padding_has_none():
     np.testing.assert_array_equal(prepare_metadata(batch).state_slots, [7, 3] + [PAD_SLOT] * 4)
 
 
-@settings(max_examples=200)
 @given(st.data())
 def test_cascade_groups_rows_with_common_leading_pages(data):
     """Against a definition in Python: neighbours are grouped while they share a whole cached page."""
@@ -190,7 +187,6 @@ def test_cascade_groups_rows_with_common_leading_pages(data):
     np.testing.assert_array_equal(cascade.cu_group_q_lens, list(ends) + [n] * (R - g))
 
 
-@settings(max_examples=200)
 @given(paged_batches(), st.sampled_from([None, 1, 3, 7]), st.sampled_from([1, 3, 16]))
 def test_split_plan_covers_every_key_once(case, window, split_keys):
     """Law 6 for split-KV: the units of a tile cut its keys at multiples of `split_keys`."""
@@ -263,7 +259,6 @@ def test_one_rope_table_per_base_and_width():
         m.rope(AttentionSpec(**HEADS))
 
 
-@settings(max_examples=100)
 @given(paged_batches())
 def test_every_token_stands_in_one_tile(case):
     """Law 6, with the ranges that a tile needs; padding tokens have tiles without keys, last."""
@@ -277,7 +272,6 @@ def test_every_token_stands_in_one_tile(case):
             np.testing.assert_array_equal(covered, 1)
 
 
-@settings(max_examples=100)
 @given(st.integers(1, 8), st.lists(st.booleans(), min_size=8, max_size=8), st.sampled_from([1, 3, 4, 20]))
 def test_every_token_of_a_decode_step_stands_in_one_tile(n, goes_on, short_q):
     """The same where tiles are not searched for, with rows that are quiet."""
@@ -313,7 +307,6 @@ def check_tiles(m, visible, tiles, covered):
         assert (int(tiles.seq[i]) == m.bucket.seqs) == (i >= attending)
 
 
-@settings(max_examples=200)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 60))
 def test_tile_bound(q_lens, min_q, slack):
     block_q = 2 * min_q + 3

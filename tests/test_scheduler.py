@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from effort import THOROUGH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -208,14 +209,13 @@ def check_workload(workload: Workload) -> None:
     assert scheduler.pool.num_free + scheduler.num_retained == workload.num_pages
 
 
-@settings(max_examples=200)
 @given(workloads())
 def test_every_request_gets_what_it_gets_alone(workload):
     check_workload(workload)
 
 
 @pytest.mark.slow
-@settings(max_examples=5000)
+@settings(max_examples=THOROUGH)
 @given(workloads())
 def test_every_request_gets_what_it_gets_alone_thoroughly(workload):
     check_workload(workload)
