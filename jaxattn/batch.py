@@ -332,7 +332,7 @@ def check_batch(batch: RaggedBatch, *, num_pages: int | None = None, share_prefi
     q_lens, is_real = jnp.diff(cu_q_lens), jnp.arange(R) < n
     checkify.check((n >= 0) & (n <= R), "num_seqs={n} must lie between 0 and bucket.seqs=" + str(R), n=n)
     checkify.check(
-        (cu_q_lens[0] == 0) & (q_lens >= 0).all() & (cu_q_lens[-1] <= T),
+        (cu_q_lens[0] == 0) & (cu_q_lens[1:] >= cu_q_lens[:-1]).all() & (cu_q_lens[-1] <= T),
         "cu_q_lens={c} must begin with 0, never decrease, and end at or before bucket.tokens=" + str(T),
         c=cu_q_lens,
     )
@@ -342,6 +342,8 @@ def check_batch(batch: RaggedBatch, *, num_pages: int | None = None, share_prefi
         c=cu_q_lens,
     )
     checkify.check((kv_lens >= q_lens).all(), "kv_lens={k} must count this step's tokens too", k=kv_lens)
+    # The first sum beyond int32 wraps around to a negative one.
+    checkify.check((jnp.cumsum(kv_lens) >= 0).all(), "kv_lens={k} exceed int32 in all", k=kv_lens)
     checkify.check(
         jnp.where(is_real, True, (q_lens == 0) & (kv_lens == 0)).all(),
         "rows past num_seqs={n} must have no query tokens and no keys",
@@ -351,18 +353,21 @@ def check_batch(batch: RaggedBatch, *, num_pages: int | None = None, share_prefi
     slots = jnp.sort(jnp.where(is_real, batch.state_slots, PAD_SLOT))
     twice = (slots[1:] == slots[:-1]) & (slots[1:] != PAD_SLOT)
     checkify.check(
-        (slots >= 0).all() & ~twice.any(), "state_slots={s} must be distinct, not negative", s=slots
+        (slots >= 0).all() & ~twice.any() & ((slots != PAD_SLOT).sum() == n),
+        "state_slots={s} must be distinct, not negative, and below " + str(PAD_SLOT),
+        s=batch.state_slots,
     )
     if batch.page_size is None:
+        checkify.check((kv_lens == q_lens).all(), "kv_lens={k} count keys that no page holds", k=kv_lens)
         return
     page_size, indptr, pages = batch.page_size, batch.page_indptr, batch.page_list
     counts = jnp.diff(indptr)
     checkify.check(
-        (indptr[0] == 0) & (counts >= 0).all() & (indptr[-1] <= P),
+        (indptr[0] == 0) & (indptr[1:] >= indptr[:-1]).all() & (indptr[-1] <= P),
         "page_indptr={i} must begin with 0, never decrease, and end at or before bucket.pages=" + str(P),
         i=indptr,
     )
-    needed = (kv_lens + (page_size - 1)) // page_size
+    needed = (kv_lens - 1) // page_size + 1
     checkify.check((counts >= needed).all(), "page_indptr={i} holds too few pages for kv_lens", i=indptr)
     limit = INT32_MAX // page_size if num_pages is None else min(num_pages, INT32_MAX // page_size)
     listed = jnp.arange(P) < indptr[-1]
@@ -474,9 +479,12 @@ def _rows(name: str, rows: Any, lens_name: str, lens: Any) -> tuple[np.ndarray, 
             raise ValueError(f"{name} is one flat array; give the length of each sequence as {lens_name}")
         return flatten_rows(name, rows)
     flat, lens = _integers(name, rows), _integers(lens_name, lens)
-    total = int(np.add.reduce(lens))  # of int32 in int64
-    if total != flat.size:
-        raise ValueError(f"{lens_name} sum to {total}, but {name} holds {flat.size} entries")
+    # A sum may be right by chance, or wrap around: no length may be negative or beyond the whole.
+    if _largest(lens) > flat.size or int(np.add.reduce(lens)) != flat.size:
+        if lens.size and lens.min() < 0:
+            i = int(lens.argmin())
+            raise ValueError(f"{name}[{i}] has length {lens[i]}; {lens_name} must not be negative")
+        raise ValueError(f"{lens_name} sum to {sum(lens.tolist())}, but {name} holds {flat.size} entries")
     return flat, lens
 
 

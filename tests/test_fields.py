@@ -46,6 +46,7 @@ def test_every_array_has_the_shape_and_dtype_of_its_table():
     m = everything()
     (visible,) = m.visible
     tiles = next(s for s in visible.schedules if s.tiling.split_keys).short
+    assert tiles.split is not None
     W, U = tiles.seq.shape[0], tiles.split.tile.shape[0]
     holders = [
         (RaggedBatch, BATCH),

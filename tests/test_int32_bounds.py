@@ -58,7 +58,7 @@ def arguments(num_pages: int) -> tuple:
 def kernel_code(num_pages: int) -> str:
     """The kernel's program as Triton sees it, from the lowered module, where it stands as bytes."""
     exporting = export.export(
-        jax.jit(lambda *args: attend(*args, "triton")),
+        jax.jit(lambda q, cache, batch: attend(q, cache, batch, "triton")),
         platforms=["cuda"],
         disabled_checks=[export.DisabledSafetyCheck.custom_call(plgpu.CUSTOM_CALL_TARGET_NAME)],
     )
