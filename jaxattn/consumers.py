@@ -19,14 +19,21 @@ class Consumer:
 
     Attributes:
         name: Its name.
-        reads: The fields it reads, paged and unpaged batches taken together; those that a batch
-            does not have are left out.
+        reads: The fields it reads of any batch; those that a batch does not have are left out.
         tiling: How it wants the query axis cut for a layer; None where it reads no schedule.
+        reads_paged: Fields it reads besides, of a batch with pages.
+        reads_unpaged: Fields it reads besides, of a batch without.
     """
 
     name: str
     reads: frozenset[str]
     tiling: Callable[[AttentionSpec], Tiling] | None = None
+    reads_paged: frozenset[str] = frozenset()
+    reads_unpaged: frozenset[str] = frozenset()
+
+    def reads_of(self, is_paged: bool) -> frozenset[str]:
+        """All that it reads of a batch with or without pages."""
+        return self.reads | (self.reads_paged if is_paged else self.reads_unpaged)
 
 
 def xla_tiling(spec: AttentionSpec) -> Tiling:
@@ -41,17 +48,21 @@ def triton_tiling(spec: AttentionSpec) -> Tiling:
     return Tiling(short_q=max(1, 16 // G), long_q=max(1, 64 // G))
 
 
-_PAGES = ("kv_page_indptr", "kv_page_list")
-_TILES = ("cu_kv_lens", "kv_start", "kv_end", "schedules", *_PAGES)
+_RANGES = frozenset({"kv_start", "kv_end"})
+_TILES = _RANGES | {"schedules"}
+_PAGES = frozenset({"page_indptr", "page_list"})
 
 CONSUMERS = {
     consumer.name: consumer
     for consumer in (
         Consumer(
-            "reference", frozenset({"token_to_seq", "positions", "kv_lens", "kv_start", "kv_end", *_PAGES})
+            "reference",
+            frozenset({"token_to_seq"}) | _RANGES,
+            reads_paged=frozenset({"kv_lens"}) | _PAGES,
+            reads_unpaged=frozenset({"positions"}),
         ),
-        Consumer("xla", frozenset(_TILES), xla_tiling),
-        Consumer("triton", frozenset(_TILES), triton_tiling),
+        Consumer("xla", _TILES, xla_tiling, _PAGES, frozenset({"cu_kv_lens"})),
+        Consumer("triton", _TILES, triton_tiling, _PAGES, frozenset({"cu_kv_lens"})),
         Consumer("write_cache", frozenset({"slot_mapping"})),
         Consumer("decoder", frozenset({"slot_mapping", "logits_indices", "rope_tables"})),
     )

@@ -33,7 +33,11 @@ _BLOCK = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end of fields -->)", re
 
 def consumers_of(name: str) -> tuple[str, ...]:
     """The consumers that read a field of `AttentionMetadata` or `VisibleKeys`."""
-    return tuple(consumer.name for consumer in CONSUMERS.values() if name in consumer.reads)
+    return tuple(
+        consumer.name
+        for consumer in CONSUMERS.values()
+        if name in consumer.reads_of(True) | consumer.reads_of(False)
+    )
 
 
 def markdown(kind: str) -> str:

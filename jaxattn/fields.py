@@ -121,11 +121,8 @@ def field_table(kind: type) -> list[FieldInfo]:
     """The table of the fields that a class holds: a `Prepared` one, a record, or one of properties."""
     if issubclass(kind, Prepared):
         return [definition.info() for definition in fields_of(kind).values()]
-    properties = {
-        name: value.fget for name, value in vars(kind).items() if isinstance(value, property) and value.fget
-    }
-    if properties:
-        return [MetadataField(getter, "", None).info() for getter in properties.values()]
+    if not any("meaning" in f.metadata for f in dataclasses.fields(kind)):
+        return [MetadataField(getter, "", None).info() for getter in _getters(kind)]
     return [
         FieldInfo(
             f.name,
@@ -136,6 +133,10 @@ def field_table(kind: type) -> list[FieldInfo]:
         for f in dataclasses.fields(kind)
         if "meaning" in f.metadata
     ]
+
+
+def _getters(kind: type) -> list[Callable[[Any], Any]]:
+    return [value.fget for value in vars(kind).values() if isinstance(value, property) and value.fget]
 
 
 def _evaluate(annotation: Any, module: str) -> Any:

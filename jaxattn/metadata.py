@@ -147,7 +147,7 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="cu_seqlens_k")
     def cu_kv_lens(self) -> Int32[Array, " R_plus_1"]:
         """Prefix sums of `kv_lens`."""
-        return _prefix_sums(self.kv_lens)
+        return self.cu_q_lens if self.page_size is None else _prefix_sums(self.kv_lens)
 
     @metadata_field(also_called="num_computed_tokens")
     def context_lens(self) -> Int32[Array, " R"]:
@@ -173,7 +173,8 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="logits_gather_indices")
     def logits_indices(self) -> Int32[Array, " R"]:
         """Last token of each sequence; 0, safe to gather, for a row without tokens."""
-        return jnp.where(self.q_lens > 0, self.cu_q_lens[1:] - 1, 0)
+        starts, ends = self.cu_q_lens[:-1], self.cu_q_lens[1:]
+        return jnp.where(ends > starts, ends - 1, 0)
 
     @metadata_field(also_called="is_prefilling, negated")
     def is_decode(self) -> Bool[Array, " R"]:
@@ -209,11 +210,21 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="out_cache_loc, new_token_dests", needs=PAGES)
     def slot_mapping(self) -> Int32[Array, " T"]:
         """Flat cache slot of each token, `page * page_size + offset`; `PAD_SLOT` where it has none."""
-        batch, page_size, row = self._step.batch, self._tokens_per_page, self._row_of_token
-        entry = batch.page_indptr[row] + self.positions // page_size
-        has_page = self._is_real_token & (entry < batch.page_indptr[row + 1])
-        page = batch.page_list[jnp.where(has_page, entry, 0)]
+        page_size, row = self._tokens_per_page, self._row_of_token
+        entry = self.page_indptr[row] + self.positions // page_size
+        has_page = self._is_real_token & (entry < self.page_indptr[row + 1])
+        page = self.page_list[jnp.where(has_page, entry, 0)]
         return jnp.where(has_page, page * page_size + self.positions % page_size, PAD_SLOT)
+
+    @metadata_field(needs=PAGES)
+    def page_indptr(self) -> Int32[Array, " R_plus_1"]:
+        """Prefix sums of the pages that each sequence holds, reserved ones included."""
+        return self._step.batch.page_indptr
+
+    @metadata_field(also_called="req_to_token, in pages", needs=PAGES)
+    def page_list(self) -> Int32[Array, " P"]:
+        """Those pages, sequence after sequence in logical order."""
+        return self._step.batch.page_list
 
     @metadata_field(also_called="kv_indptr, cu_num_pages", needs=PAGES)
     def kv_page_indptr(self) -> Int32[Array, " R_plus_1"]:
@@ -222,12 +233,12 @@ class AttentionMetadata(Prepared):
 
     @metadata_field(also_called="kv_indices, cache_loc", needs=PAGES)
     def kv_page_list(self) -> Int32[Array, " P"]:
-        """Those pages, sequence after sequence in logical order; 0 past the end."""
+        """The pages that hold keys, sequence after sequence in logical order; 0 past the end."""
         entry = jnp.arange(self.bucket.pages, dtype=jnp.int32)
         seq = segment_of(self.kv_page_indptr[1:], self.bucket.pages)
         # The reserved pages before it move a sequence's pages equally far: one gather.
-        moved = (self._step.batch.page_indptr - self.kv_page_indptr)[seq]
-        return jnp.where(entry < self.kv_page_indptr[-1], self._step.batch.page_list[entry + moved], 0)
+        moved = (self.page_indptr - self.kv_page_indptr)[seq]
+        return jnp.where(entry < self.kv_page_indptr[-1], self.page_list[entry + moved], 0)
 
     @metadata_field(also_called="last_page_len", needs=PAGES)
     def kv_last_page_lens(self) -> Int32[Array, " R"]:
@@ -240,13 +251,13 @@ class AttentionMetadata(Prepared):
         column = jnp.arange(self._step.request.max_pages_per_seq, dtype=jnp.int32)[None, :]
         counts = jnp.diff(self.kv_page_indptr)[:, None]
         # From the batch's own list, so that the compact one need not exist.
-        entry = self._step.batch.page_indptr[:-1, None] + column
-        return jnp.where(column < counts, self._step.batch.page_list.at[entry].get(mode="clip"), 0)
+        entry = self.page_indptr[:-1, None] + column
+        return jnp.where(column < counts, self.page_list.at[entry].get(mode="clip"), 0)
 
     @metadata_field(needs=PAGES)
     def cascade(self) -> Cascade:
         """Groups of neighbouring sequences that share leading pages."""
-        seq_of_entry = segment_of(self._step.batch.page_indptr[1:], self.bucket.pages)
+        seq_of_entry = segment_of(self.page_indptr[1:], self.bucket.pages)
         return find_cascade(self._step.batch, self._tokens_per_page, self.context_lens, seq_of_entry)
 
     @metadata_field(also_called="cos_sin_cache, gathered", needs=ROPE)
@@ -283,7 +294,7 @@ class AttentionMetadata(Prepared):
         """Keys that a sequence's pages have room for: all, unless `advance` outran them."""
         if self.page_size is None:
             return self.kv_lens
-        return jnp.minimum(self.kv_lens, jnp.diff(self._step.batch.page_indptr) * self.page_size)
+        return jnp.minimum(self.kv_lens, jnp.diff(self.page_indptr) * self.page_size)
 
     @metadata_field()
     def _kv_ends(self) -> Int32[Array, " T"]:
@@ -476,7 +487,7 @@ def _request(
     if fields is not None:
         names = {*fields, *derive}
     elif consumers is not None:
-        names = {name for reader in readers for name in reader.reads} | set(derive)
+        names = {name for reader in readers for name in reader.reads_of(is_paged)} | set(derive)
     else:
         names = {*METADATA_FIELDS, *VISIBLE_FIELDS, *derive}
     return _Request(

@@ -74,14 +74,14 @@ def _live_pages(
 ) -> tuple[Array, Array, Array, Array]:
     """Keys and values of the pages in use, with each one's owner (R for none) and position."""
     page_size, R = k_pages.shape[1], metadata.kv_lens.shape[0]
-    num_listed = metadata.kv_page_list.shape[0]
-    seq = segment_of(metadata.kv_page_indptr[1:], num_listed)
-    logical_page = jnp.arange(num_listed, dtype=jnp.int32) - metadata.kv_page_indptr[seq]
+    num_listed = metadata.page_list.shape[0]
+    seq = segment_of(metadata.page_indptr[1:], num_listed)
+    logical_page = jnp.arange(num_listed, dtype=jnp.int32) - metadata.page_indptr[seq]
     position = logical_page[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None, :]
     kv_len = jnp.append(metadata.kv_lens, 0)[seq]
     owner = jnp.where(position < kv_len[:, None], seq[:, None], R)
 
     def flat(pages: Array) -> Array:
-        return pages[metadata.kv_page_list].reshape(num_listed * page_size, *pages.shape[2:])
+        return pages[metadata.page_list].reshape(num_listed * page_size, *pages.shape[2:])
 
     return flat(k_pages), flat(v_pages), owner.reshape(-1), position.reshape(-1)

@@ -62,10 +62,14 @@ class Tiles:
     kv_end: Int32[Array, " W"] = described(
         "one past the last such key; equal to `kv_start` where none is seen", "upper_bounds"
     )
-    num_live: Int32[Array, ""] = described("tiles with query tokens", "num_m_blocks, summed")
     num_attending: Int32[Array, ""] = described("tiles of real sequences; they come first")
     split: SplitPlan | None
     block_q: int = field(metadata={"static": True})
+
+    @property
+    def num_live(self) -> Int32[Array, ""]:
+        """Tiles with query tokens."""
+        return (self.q_len > 0).sum(dtype=jnp.int32)
 
 
 @no_type_check
@@ -245,7 +249,6 @@ def _cut(
         q_len=q_len,
         kv_start=jnp.where(live, kv_start[q_start], 0),
         kv_end=jnp.where(live, kv_end[last], 0),
-        num_live=tile_ends[-1],
         num_attending=tile_ends[-2],
         split=None,
         block_q=block_q,
@@ -268,21 +271,19 @@ def _cut_single_tokens(
     num_tiles = tile_bound(T, R + 1, block_q)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
     if block_q == 1:
-        seq, q_start, q_len, num_live = token_to_seq, tile, jnp.ones(T, jnp.int32), jnp.int32(T)
+        seq, q_start, q_len = token_to_seq, tile, jnp.ones(T, jnp.int32)
     else:
         is_real = tile < num_tokens
         q_start = jnp.where(is_real, tile, num_tokens + (tile - num_tokens) * block_q)
         live = q_start < T
+        q_len = jnp.where(is_real, 1, jnp.clip(T - q_start, 0, block_q))
         q_start, seq = jnp.where(live, q_start, 0), jnp.where(live, token_to_seq[:num_tiles], 0)
-        q_len = jnp.where(live, jnp.where(is_real, 1, jnp.minimum(T - q_start, block_q)), 0)
-        num_live = num_tokens + (T - num_tokens + (block_q - 1)) // block_q
     return Tiles(
         seq=seq,
         q_start=q_start,
         q_len=q_len,
         kv_start=kv_start[:num_tiles],  # of padding it is empty, as its tiles' ranges are
         kv_end=kv_end[:num_tiles],
-        num_live=num_live,
         num_attending=num_tokens,
         split=None,
         block_q=block_q,

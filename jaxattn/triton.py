@@ -33,8 +33,8 @@ def attend(
     visible = metadata.visible_keys(spec.window_class)
     schedule = visible.schedule(triton_tiling(spec))
     paged = k.ndim == 4
-    start = metadata.kv_page_indptr if paged else metadata.cu_kv_lens
-    lookup = kernel.KeyLookup(start=start, pages=metadata.kv_page_list if paged else None)
+    start = metadata.page_indptr if paged else metadata.cu_kv_lens
+    lookup = kernel.KeyLookup(start=start, pages=metadata.page_list if paged else None)
     tile_lists = tuple(
         (kernel.TileArrays(t.seq, t.q_start, t.q_len, t.kv_start, t.kv_end), t.block_q)
         for t in schedule.lists

@@ -78,7 +78,7 @@ def _slot_lookup(
     if page_size is None:
         starts = metadata.cu_kv_lens
         return lambda seq, positions: starts[seq] + positions
-    indptr, pages = metadata.kv_page_indptr, metadata.kv_page_list
+    indptr, pages = metadata.page_indptr, metadata.page_list
     return lambda seq, positions: (
         pages.at[indptr[seq] + positions // page_size].get(mode="clip") * page_size + positions % page_size
     )

@@ -85,7 +85,7 @@ def test_flat_page_tables_with_counts():
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint32, np.int64, np.dtype(">i4")])
 def test_every_width_of_integers(dtype):
-    arrays = {
+    arrays: dict = {
         "q_lens": np.array([3, 1, 2], dtype),
         "context_lens": np.array([2, 0, 5], dtype),
         "page_tables": np.concatenate(TABLES).astype(dtype),
