@@ -168,7 +168,7 @@ def _shared(consumer: str, layers: Layers, batch: RaggedBatch) -> tuple[Arrays, 
 
 # 3. Stacks of layers.
 
-FORMS = ("loop", "scan", "rematerialised loop", "rematerialised scan", "programs")
+FORMS = ("loop", "loop, unfused", "scan", "rematerialised loop", "rematerialised scan", "programs")
 STACK_BUCKET = Bucket(32, 4, 16)
 STACK_PAGE_SIZE = 4
 _SMALL: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -236,7 +236,8 @@ def stack_text(*args: Any, options: dict[str, bool | str] | None = None, **kwarg
 def metadata_instructions(num_layers: int, implementation: str, form: str, *, once: bool) -> int:
     """Instructions of the metadata in a stack; in `programs`, of each program as often as it runs."""
     if form != "programs":
-        return work(stack_text(num_layers, implementation, form, once=once), METADATA)
+        options = UNFUSED if "unfused" in form else None
+        return work(stack_text(num_layers, implementation, form, once=once, options=options), METADATA)
     if once:
         batch = stack_arguments(1)[0]
         text = compiled(selected(implementation, STACK_LAYERS), batch).as_text() or ""

@@ -201,6 +201,9 @@ def nest_sequences(
             the message names the argument, the value and the remedy.
         TypeError: If token ids, lengths or pages are not integers, or phases no booleans.
     """
+    for name, value in (("page_size", page_size), ("num_pages", num_pages), ("vocab_size", vocab_size)):
+        if type(value) not in _INTEGERS_OR_NONE:
+            raise TypeError(f"{name}={value!r} must be an int, or None")
     token_ids, lens = _rows("sequences", sequences, "q_lens", q_lens)
     n, longest = lens.size, _check_lens(lens)
     contexts = None if context_lens is None else _per_sequence("context_lens", context_lens, n)
@@ -409,6 +412,7 @@ def _write_prefix_sums(out: np.ndarray, lens: np.ndarray) -> None:
         out[n + 1 :] = out[n]
 
 
+_INTEGERS_OR_NONE = {int, type(None), np.int32, np.int64}
 _UNSIGNED = {np.dtype(np.int32): np.dtype(np.uint32), np.dtype(np.int64): np.dtype(np.uint64)}
 
 

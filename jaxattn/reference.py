@@ -41,14 +41,14 @@ def attend(
         k, v, owner, position = _live_pages(k, v, metadata)
     else:
         owner, position = metadata.token_to_seq, metadata.positions
-    dtype = softmax_dtype(q.dtype)
-    is_live = (owner < metadata.kv_lens.shape[0])[:, None, None]
+    dtype, R = softmax_dtype(q.dtype), metadata.bucket.seqs
+    is_live = (owner < R)[:, None, None]
     # What nobody owns may hold anything, NaN too, and 0 * NaN is NaN.
     k, v = jnp.where(is_live, k, 0).astype(dtype), jnp.where(is_live, v, 0).astype(dtype)
 
     T, N, H = q.shape
     # Padding queries may hold anything too, and would poison gradients.
-    q_live = jnp.where((metadata.token_to_seq < metadata.kv_lens.shape[0])[:, None, None], q, 0)
+    q_live = jnp.where((metadata.token_to_seq < R)[:, None, None], q, 0)
     grouped = q_live.astype(dtype).reshape(T, spec.num_kv_heads, spec.group_size, H)
     scores = spec.softmax_scale * jnp.einsum("tkgh,skh->kgts", grouped, k, precision=lax.Precision.HIGHEST)
     if spec.logits_soft_cap is not None:
@@ -73,7 +73,7 @@ def _live_pages(
     metadata: AttentionMetadata,
 ) -> tuple[Array, Array, Array, Array]:
     """Keys and values of the pages in use, with each one's owner (R for none) and position."""
-    page_size, R = k_pages.shape[1], metadata.kv_lens.shape[0]
+    page_size, R = k_pages.shape[1], metadata.bucket.seqs
     num_listed = metadata.page_list.shape[0]
     seq = segment_of(metadata.page_indptr[1:], num_listed)
     logical_page = jnp.arange(num_listed, dtype=jnp.int32) - metadata.page_indptr[seq]

@@ -151,11 +151,11 @@ def split_bound(num_tiles: int, keys: int, split_keys: int, span: int | None, bl
         span: The most keys that one token sees, or None where ranges begin with the sequence.
         block_q: Tokens per tile.
     """
-    if span is None:  # ⌈n / split⌉ units, or one where n = 0
-        return num_tiles + keys // split_keys
+    bound = num_tiles + keys // split_keys  # n keys lie in ⌈n / split⌉ units; without keys there is one
+    if span is None:
+        return bound
     # A range that begins anywhere touches one unit more, and holds the spans of all its tokens.
-    per_tile = (span + block_q - 3) // split_keys + 2
-    return min(num_tiles * per_tile, 2 * num_tiles + keys // split_keys)
+    return min(bound, num_tiles * ((span + block_q - 3) // split_keys + 2))
 
 
 def schedule_tiles(

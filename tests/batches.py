@@ -29,7 +29,6 @@ from jaxattn import (
     CONSUMERS,
     AttentionSpec,
     Bucket,
-    Consumer,
     PagedKVCache,
     RaggedBatch,
     attention,
@@ -67,7 +66,7 @@ SPECS = (GQA, MQA, SELF_ONLY, WINDOW, TWO_SIDED)
 SMALL_TILES = (MQA, WINDOW)
 _SMALL_TILING = Tiling(short_q=1, long_q=4)
 _SMALL_BLOCKS = {"SHORT_BLOCK_K": 8, "LONG_BLOCK_K": 16, "xla_tiling": lambda spec: _SMALL_TILING}
-_SMALL_XLA = Consumer("xla", CONSUMERS["xla"].reads, lambda spec: _SMALL_TILING)
+_SMALL_XLA = dataclasses.replace(CONSUMERS["xla"], tiling=lambda spec: _SMALL_TILING)
 
 INT32_MAX = int(np.iinfo(np.int32).max)
 Rows = list[np.ndarray]

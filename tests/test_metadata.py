@@ -223,6 +223,7 @@ def test_split_bound_is_tight():
     assert split_bound(3, 100, 10, None, 1) == 13  # a sequence of 100 keys, and two without
     assert split_bound(3, 1000, 10, 1, 1) == 3  # one key lies in one unit
     assert split_bound(3, 1000, 10, 2, 1) == 6  # two may lie on both sides of a cut
+    assert split_bound(3, 20, 10, 2, 1) == 5  # no more than without a window
 
 
 def test_longest_tiles_first():
