@@ -10,7 +10,7 @@ the number of sequences where they are missing (`Stated`). An import undoes an e
 things:
 
 - *Reserved pages*, beyond those that hold keys, are in no convention. A batch that comes back has
-  the same metadata, but no page to `advance` into.
+  the same metadata but for `page_indptr` and `page_list`, and no page to `advance` into.
 - A sequence that outran its pages (`advance` went too far) has, in a rectangular page table, a
   page 0 that it never owned. `check_batch` finds it before the export.
 

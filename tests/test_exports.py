@@ -28,7 +28,7 @@ from jaxattn import (
 from jaxattn import exports as ex
 from jaxattn.batch import RaggedBatch, field_slices
 from jaxattn.fields import field_table
-from jaxattn.metadata import METADATA_FIELDS
+from jaxattn.metadata import METADATA_FIELDS, VISIBLE_FIELDS
 
 PAGED = Bucket(tokens=24, seqs=5, pages=32)
 UNPAGED = Bucket(tokens=24, seqs=5)
@@ -120,8 +120,15 @@ def build(case: Case) -> RaggedBatch:
     )
 
 
+EXPRESSIBLE = (*METADATA_FIELDS, *VISIBLE_FIELDS)
+EXPRESSIBLE = tuple(
+    name for name in EXPRESSIBLE if name not in ("page_indptr", "page_list")
+)  # reserved pages
+
+
 def prepare(batch: RaggedBatch):
-    return prepare_metadata(batch, SPECS, max_pages_per_seq=None if batch.page_size is None else M)
+    max_pages_per_seq = None if batch.page_size is None else M
+    return prepare_metadata(batch, SPECS, fields=EXPRESSIBLE, max_pages_per_seq=max_pages_per_seq)
 
 
 def padded(values, padding, length) -> list[int]:
