@@ -29,7 +29,7 @@ test-slow: $(VENV)/installed
 
 # Fewer examples per property: what the oldest version lacks shows on the first ones.
 test-oldest:
-	JAXATTN_EXAMPLES=25 $(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2"
+	JAXATTN_EXAMPLES=10 $(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2"
 
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile:
