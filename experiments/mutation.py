@@ -32,10 +32,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from cosmic_ray.ast import ast_nodes, get_ast_from_path
-from cosmic_ray.mutating import mutate_and_test
-from cosmic_ray.plugins import get_operator, operator_names
-from cosmic_ray.work_item import MutationSpec
+from cosmic_ray.ast import ast_nodes, get_ast_from_path  # pyright: ignore[reportMissingImports]
+from cosmic_ray.mutating import mutate_and_test  # pyright: ignore[reportMissingImports]
+from cosmic_ray.plugins import get_operator, operator_names  # pyright: ignore[reportMissingImports]
+from cosmic_ray.work_item import MutationSpec  # pyright: ignore[reportMissingImports]
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
