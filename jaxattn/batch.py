@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -204,11 +204,14 @@ def nest_sequences(
     for name, value in (("page_size", page_size), ("num_pages", num_pages), ("vocab_size", vocab_size)):
         if type(value) not in _INTEGERS_OR_NONE:
             raise TypeError(f"{name}={value!r} must be an int, or None")
-    token_ids, lens = _rows("sequences", sequences, "q_lens", q_lens)
-    n, longest = lens.size, _check_lens(lens)
+    token_ids, lens, q_ends, shortest, longest = _rows("sequences", sequences, "q_lens", q_lens)
+    n = lens.size
+    if shortest == 0:
+        i = int(lens.argmin())
+        raise ValueError(f"sequences[{i}] has length 0; every sequence needs at least one token, drop it")
     contexts = None if context_lens is None else _per_sequence("context_lens", context_lens, n)
     kv_lens = lens if contexts is None else contexts + lens
-    pages, counts = _page_rows(page_tables, page_counts, page_size, contexts, n)
+    pages, counts, page_ends, *_ = _page_rows(page_tables, page_counts, page_size, contexts, n)
     if state_slots is not None:
         state_slots = _per_sequence("state_slots", state_slots, n)
     if is_decode is not None and (is_decode := np.asarray(is_decode)).dtype != bool:
@@ -229,23 +232,18 @@ def nest_sequences(
     bucket.require(tokens=token_ids.size, seqs=n, pages=pages.size, max_q_len=longest)
 
     at = field_slices(bucket)
-    packed = np.empty(at["page_list"].stop, np.int32)
-    end = at["page_list"].start
-    packed[:end] = _blank(bucket)
-    packed[end : end + pages.size] = pages
-    packed[end + pages.size :] = 0
+    packed = np.zeros(at["page_list"].stop, np.int32)  # the padding of most fields
     packed[0] = n
-    start = at["token_ids"].start
-    packed[start : start + token_ids.size] = token_ids
-    _write_prefix_sums(packed[at["cu_q_lens"]], lens)
-    start = at["kv_lens"].start
-    packed[start : start + n] = kv_lens
-    start = at["is_decode"].start
-    packed[start : start + n] = bucket.max_q_len == 1 if is_decode is None else is_decode
-    start = at["state_slots"].start
-    packed[start : start + n] = _row_numbers(n) if state_slots is None else state_slots
+    packed[at["token_ids"]][: token_ids.size] = token_ids
+    _write_prefix_sums(packed[at["cu_q_lens"]], q_ends)
+    packed[at["kv_lens"]][:n] = kv_lens
+    packed[at["is_decode"]][:n] = bucket.max_q_len == 1 if is_decode is None else is_decode
+    slots = packed[at["state_slots"]]
+    slots[:n] = _row_numbers(n) if state_slots is None else state_slots
+    slots[n:] = PAD_SLOT
     if page_size is not None:
-        _write_prefix_sums(packed[at["page_indptr"]], counts)
+        _write_prefix_sums(packed[at["page_indptr"]], page_ends)
+        packed[at["page_list"]][: pages.size] = pages
     buffer: Any = jnp.asarray(packed) if transfer else packed
     return RaggedBatch(packed=buffer, bucket=bucket, page_size=page_size)
 
@@ -391,25 +389,16 @@ def check_batch(batch: RaggedBatch, *, num_pages: int | None = None, share_prefi
 
 
 @functools.lru_cache(maxsize=1024)
-def _blank(bucket: Bucket) -> np.ndarray:
-    """The packed buffer of a batch without sequences, up to its page list."""
-    packed = np.zeros(field_slices(bucket)["page_list"].start, np.int32)
-    packed[field_slices(bucket)["state_slots"]] = PAD_SLOT
-    packed.setflags(write=False)
-    return packed
-
-
-@functools.lru_cache(maxsize=1024)
 def _row_numbers(n: int) -> np.ndarray:
     return np.arange(n, dtype=np.int32)
 
 
-def _write_prefix_sums(out: np.ndarray, lens: np.ndarray) -> None:
-    """Fill `out`, zeros and longer than `lens`, with its prefix sums; the tail repeats the last."""
-    n = lens.size
-    np.add.accumulate(lens, dtype=np.int32, out=out[1 : n + 1])
+def _write_prefix_sums(out: np.ndarray, ends: np.ndarray) -> None:
+    """Fill `out`, zeros and longer than `ends`, from its second entry; the tail repeats the last."""
+    n = ends.size
+    out[1 : n + 1] = ends
     if n + 1 < out.size:
-        out[n + 1 :] = out[n]
+        out[n + 1 :] = ends[-1]
 
 
 _INTEGERS_OR_NONE = {int, type(None), np.int32, np.int64}
@@ -476,38 +465,47 @@ def _flatten_lists(name: str, rows: list[list]) -> np.ndarray:
     return np.frombuffer(values, np.int64)
 
 
-def _rows(name: str, rows: Any, lens_name: str, lens: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Flat values and the length of each row, from rows, or from flat values with lengths."""
+class _Rows(NamedTuple):
+    """Rows of different lengths: their values one after the other, and where each row ends."""
+
+    flat: np.ndarray
+    lens: np.ndarray
+    ends: np.ndarray
+    shortest: int
+    longest: int
+
+
+def _rows(name: str, rows: Any, lens_name: str, lens: Any) -> _Rows:
+    """Rows of a batch, from one list or array each, or from flat values with lengths."""
     if lens is None:
         if isinstance(rows, np.ndarray) and rows.ndim == 1 and rows.dtype != object:
             raise ValueError(f"{name} is one flat array; give the length of each sequence as {lens_name}")
-        return flatten_rows(name, rows)
-    flat, lens = _integers(name, rows), _integers(lens_name, lens)
-    # A sum may be right by chance, or wrap around: no length may be negative or beyond the whole.
-    if _largest(lens) > flat.size or int(np.add.reduce(lens)) != flat.size:
-        if lens.size and lens.min() < 0:
-            i = int(lens.argmin())
-            raise ValueError(f"{name}[{i}] has length {lens[i]}; {lens_name} must not be negative")
-        raise ValueError(f"{lens_name} sum to {sum(lens.tolist())}, but {name} holds {flat.size} entries")
-    return flat, lens
-
-
-def _check_lens(lens: np.ndarray) -> int:
-    """Check that every sequence has a token; returns the longest length."""
+        flat, lens = flatten_rows(name, rows)
+    else:
+        flat, lens = _integers(name, rows), _integers(lens_name, lens)
     if lens.size == 0:
-        raise ValueError("sequences is empty; a batch needs at least one sequence")
-    if int(np.minimum.reduce(lens)) < 1:
+        raise ValueError(f"{name} is empty; a batch needs at least one sequence")
+    shortest, longest = int(np.minimum.reduce(lens)), int(np.maximum.reduce(lens))
+    if shortest < 0:
         i = int(lens.argmin())
-        raise ValueError(
-            f"sequences[{i}] has length {lens[i]}; every sequence needs at least one token, drop it"
-        )
-    return int(np.maximum.reduce(lens))
+        raise ValueError(f"{name}[{i}] has length {lens[i]}; {lens_name} must not be negative")
+    if shortest == longest == 1:
+        ends = _row_numbers(lens.size + 1)[1:]  # a sum takes longer, and every decode step comes here
+    else:
+        ends = np.add.accumulate(lens, dtype=np.int64)
+    # A sum that wraps around may be right by chance: no length may exceed the whole.
+    if longest > flat.size or ends[-1] != flat.size:
+        raise ValueError(f"{lens_name} sum to {sum(lens.tolist())}, but {name} holds {flat.size} entries")
+    return _Rows(flat, lens, ends, shortest, longest)
+
+
+_UNPAGED = _Rows(*(np.empty(0, np.int32),) * 3, shortest=0, longest=0)
 
 
 def _page_rows(
     page_tables: Any, page_counts: Any, page_size: int | None, contexts: np.ndarray | None, n: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The flat page list and the number of pages of each sequence."""
+) -> _Rows:
+    """The physical pages of each sequence; no row where keys are not paged."""
     if (page_tables is None) != (page_size is None):
         raise ValueError("page_tables and page_size belong together; give both, or neither for unpaged keys")
     if page_tables is None or page_size is None:
@@ -518,13 +516,13 @@ def _page_rows(
             raise ValueError(
                 f"context_lens[{i}]={contexts[i]} needs a paged cache; give page_tables and page_size"
             )
-        return np.empty(0, np.int32), np.empty(0, np.int32)
+        return _UNPAGED
     if not 1 <= page_size <= INT32_MAX:
         raise ValueError(f"page_size={page_size} must be at least 1, and an int32")
-    pages, counts = _rows("page_tables", page_tables, "page_counts", page_counts)
-    if counts.size != n:
-        raise ValueError(f"page_tables has {counts.size} rows for {n} sequences")
-    return pages, counts
+    pages = _rows("page_tables", page_tables, "page_counts", page_counts)
+    if pages.lens.size != n:
+        raise ValueError(f"page_tables has {pages.lens.size} rows for {n} sequences")
+    return pages
 
 
 def _check_tokens(token_ids: np.ndarray, lens: np.ndarray, vocab_size: int | None) -> None:
@@ -625,7 +623,7 @@ def _all_distinct(values: np.ndarray, highest: int) -> bool:
         seen[values.astype(np.intp)] = True
         return int(np.count_nonzero(seen)) == values.size
     ordered = np.sort(values)
-    return not (ordered[1:] == ordered[:-1]).any()
+    return not np.count_nonzero(ordered[1:] == ordered[:-1])
 
 
 def _row_of(entry: int, counts: np.ndarray) -> int:

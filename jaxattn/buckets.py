@@ -48,14 +48,18 @@ class Bucket:
         Raises:
             ValueError: Naming each size that is too large, with its limit.
         """
+        if (
+            tokens <= self.tokens
+            and seqs <= self.seqs
+            and pages <= self.pages
+            and max_q_len <= self.max_q_len
+        ):
+            return
         sizes = {"tokens": tokens, "seqs": seqs, "pages": pages, "max_q_len": max_q_len}
         over = [
             f"{n}={v} exceeds bucket.{n}={getattr(self, n)}" for n, v in sizes.items() if v > getattr(self, n)
         ]
-        if over:
-            raise ValueError(
-                "the batch does not fit: " + "; ".join(over) + ". Use a larger bucket or split it"
-            )
+        raise ValueError("the batch does not fit: " + "; ".join(over) + ". Use a larger bucket or split it")
 
 
 def quarter_steps(smallest: int, largest: int) -> tuple[int, ...]:
