@@ -9,8 +9,13 @@ strings that never run.
     pip install --group mutation
     python experiments/mutation.py --sample 300
 
-runs the tests on every mutant of the sample, in copies of the source tree, and writes
-`experiments/results/mutation.json` with the survivors.
+runs the tests on the unchanged package, then on every mutant of the sample, in copies of the source
+tree, and writes `experiments/results/mutation.json` with the survivors. With new tests,
+
+    python experiments/mutation.py --retry
+
+tries those survivors again, and only them. That is fair as long as tests were added and none was taken
+away, and the three modules are the same.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +43,6 @@ from cosmic_ray.mutating import mutate_and_test  # pyright: ignore[reportMissing
 from cosmic_ray.plugins import get_operator, operator_names  # pyright: ignore[reportMissingImports]
 from cosmic_ray.work_item import MutationSpec  # pyright: ignore[reportMissingImports]
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
@@ -109,18 +114,30 @@ def changed_lines(diff: str) -> list[str]:
     return [line for line in diff.splitlines() if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
 
 
+def test_commands() -> list[str]:
+    """The commands that a mutant must survive, in this order."""
+    os.environ["JAXATTN_EXAMPLES"] = str(EXAMPLES)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    return [" ".join([*command, *tests]) for tests in (TESTS, LAST_TESTS)]
+
+
+def pass_unchanged() -> None:
+    """Check that the tests pass on the package as it is; else every mutant would count as killed."""
+    for command in test_commands():
+        subprocess.run(command.split(), check=True)
+
+
 def try_mutant(spec: MutationSpec, timeout_s: float) -> dict[str, Any]:
     """Run the tests on a mutant, in the current copy."""
-    os.environ["JAXATTN_EXAMPLES"] = str(EXAMPLES)
-    for tests in (TESTS, LAST_TESTS):
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        result = mutate_and_test([spec], " ".join(command), timeout_s)
-        if result.is_killed:
-            break
+    first, last = test_commands()
+    result = mutate_and_test([spec], first, timeout_s)
+    if not result.is_killed:
+        result = mutate_and_test([spec], last, timeout_s)
     return {
         "module": str(spec.module_path),
         "line": spec.start_pos[0],
         "operator": spec.operator_name.removeprefix("core/"),
+        "occurrence": spec.occurrence,
         "outcome": "survived" if not result.is_killed else "killed",
         "diff": changed_lines(result.diff or ""),
     }
@@ -138,46 +155,79 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def identity(result: dict[str, Any]) -> tuple[str, str, int]:
+    """What a mutant is called."""
+    return result["module"], result["operator"], result["occurrence"]
+
+
+def write(path: Path, results: Sequence[dict[str, Any]], mutants: Sequence[MutationSpec], seed: int) -> None:
+    """Write the figures and the survivors."""
+    sizes, tried = Counter(str(m.module_path) for m in mutants), Counter(r["module"] for r in results)
+    killed = Counter(r["module"] for r in results if r["outcome"] == "killed")
+    modules = {m: {"mutants": sizes[m], "tried": tried[m], "killed": killed[m]} for m in MODULES}
+    survivors = sorted(
+        (r for r in results if r["outcome"] == "survived"), key=lambda r: (r["module"], r["line"])
+    )
+    summary = {"tried": len(results), "killed": killed.total(), "seed": seed, "modules": modules}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        json.dumps(
+            {"provenance": provenance(), **summary, "survivors": survivors, "results": results}, indent=1
+        )
+        + "\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sample", type=int, default=300, help="mutants to try")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--retry", action="store_true", help="try only the survivors of the last run")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds per mutant")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    console, results, sample = Console(), [], []
     mutants = list_mutants(options.seed)
-    sample = mutants[: options.sample]
-    results = []
-    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
-        task = progress.add_task("mutants", total=len(sample))
+    if options.retry:
+        last = json.loads(options.out.read_text())["results"]
+        results = [result for result in last if result["outcome"] == "killed"]
+        again = {identity(result) for result in last if result["outcome"] == "survived"}
+        sample = [
+            m
+            for m in mutants
+            if (str(m.module_path), m.operator_name.removeprefix("core/"), m.occurrence) in again
+        ]
+    else:
+        sample = mutants[: options.sample]
+    with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(
             options.workers, context, initializer=enter_copy, initargs=(folder,)
         ) as pool:
+            pool.submit(pass_unchanged).result()
+            console.print("unchanged, the tests pass")
             futures = [pool.submit(try_mutant, spec, options.timeout) for spec in sample]
-            for future in concurrent.futures.as_completed(futures):
-                results.append(future.result())
-                progress.advance(task)
-    killed = sum(r["outcome"] == "killed" for r in results)
-    survivors = sorted(
-        (r for r in results if r["outcome"] == "survived"), key=lambda r: (r["module"], r["line"])
-    )
+            for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                result = future.result()
+                results.append(result)
+                write(options.out, results, mutants, options.seed)
+                console.print(
+                    f"{number}/{len(sample)}",
+                    result["outcome"],
+                    result["module"],
+                    result["line"],
+                    *(result["diff"] if result["outcome"] == "survived" else ()),
+                    markup=False,
+                )
+    summary = json.loads(options.out.read_text())
     table = Table("module", "mutants", "tried", "killed")
-    everywhere, tried = Counter(str(m.module_path) for m in mutants), Counter(r["module"] for r in results)
-    for module in MODULES:
-        died = sum(r["outcome"] == "killed" for r in results if r["module"] == module)
-        table.add_row(
-            module, str(everywhere[module]), str(tried[module]), f"{died / max(tried[module], 1):.1%}"
-        )
-    Console().print(table)
-    Console().print(f"{killed} of {len(results)} killed, {killed / len(results):.1%}; survivors:")
-    for survivor in survivors:
-        Console().print(survivor["module"], survivor["line"], *survivor["diff"], markup=False)
-    summary = {"mutants": len(mutants), "tried": len(results), "killed": killed, "seed": options.seed}
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(
-        json.dumps({"provenance": provenance(), **summary, "survivors": survivors}, indent=1) + "\n"
+    for module, counts in summary["modules"].items():
+        share = counts["killed"] / max(counts["tried"], 1)
+        table.add_row(module, str(counts["mutants"]), str(counts["tried"]), f"{share:.1%}")
+    console.print(table)
+    console.print(
+        f"{summary['killed']} of {summary['tried']} killed, {summary['killed'] / summary['tried']:.1%}"
     )
 
 
