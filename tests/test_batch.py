@@ -20,7 +20,7 @@ from jaxattn import (
     nest_sequences,
     prepare_metadata,
 )
-from jaxattn.batch import abstract_batch, field_slices, pack_fields
+from jaxattn.batch import INT32_MAX, abstract_batch, field_slices, pack_fields
 from jaxattn.spec import AttentionSpec
 
 BUCKET = Bucket(tokens=12, seqs=4, pages=8)
@@ -257,6 +257,17 @@ def test_the_check_finds_what_is_wrong(name, values, message):
     batch = corrupted(nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET), name, values)
     with pytest.raises(checkify.JaxRuntimeError, match=message):
         CHECK[False](batch)[0].throw()
+
+
+@pytest.mark.parametrize("num_pages", [None, INT32_MAX])
+def test_the_check_knows_what_int32_can_number(num_pages):
+    """A slot is `page * page_size + offset`, and the largest int32 is no slot."""
+    check = jax.jit(checkify.checkify(functools.partial(check_batch, num_pages=num_pages)))
+    limit = INT32_MAX // PAGED["page_size"]
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
+    check(corrupted(batch, "page_list", [7, limit - 1, 0, 4, 5, 0, 0, 0]))[0].throw()
+    with pytest.raises(checkify.JaxRuntimeError, match=f"must lie below {limit}"):
+        check(corrupted(batch, "page_list", [7, limit, 0, 4, 5, 0, 0, 0]))[0].throw()
 
 
 def test_the_check_knows_the_longest_query():

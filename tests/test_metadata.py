@@ -1,5 +1,6 @@
 """Every field against its definition, written out sequence by sequence in Python."""
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -25,7 +26,15 @@ from jaxattn import (
 from jaxattn.consumers import triton_tiling
 from jaxattn.fields import MissingFieldError
 from jaxattn.rope import rope_tables
-from jaxattn.schedule import Tiling, schedule_tiles, split_bound, tile_bound
+from jaxattn.schedule import (
+    SplitPlan,
+    Tiles,
+    TileSchedule,
+    Tiling,
+    schedule_tiles,
+    split_bound,
+    tile_bound,
+)
 from jaxattn.spec import WindowClass
 
 BUCKET = Bucket(tokens=40, seqs=6, pages=64)
@@ -204,6 +213,7 @@ def test_split_plan_covers_every_key_once(case, window, split_keys):
     units = split.tile.shape[0]
     assert indptr[-1] <= units
     np.testing.assert_array_equal(split.tile[indptr[-1] :], tiles.seq.shape[0])
+    np.testing.assert_array_equal(split.kv_start[indptr[-1] :], 0)
     np.testing.assert_array_equal(split.kv_end[indptr[-1] :], 0)
     for w in range(tiles.seq.shape[0]):
         mine = range(int(indptr[w]), int(indptr[w + 1]))
@@ -217,6 +227,32 @@ def test_split_plan_covers_every_key_once(case, window, split_keys):
             assert at == end or at % split_keys == 0
             assert at - int(split.kv_start[unit]) <= split_keys
         assert not mine or at == end
+
+
+def schedule_of(batch, tiling: Tiling) -> TileSchedule:
+    consumer = Consumer("s", frozenset({"schedules"}), lambda _: tiling)
+    return prepare_metadata(batch, SPECS[0], consumers=consumer).visible[0].schedule(tiling)
+
+
+def test_split_plan_of_a_full_decode_step():
+    """Where no tile is dead, the last tile's units are units too."""
+    batch = nest_sequences(
+        [[1], [1]], context_lens=[3, 2], page_tables=[[0], [1]], page_size=4, bucket=Bucket(2, 2, 2, 1)
+    )
+    split = schedule_of(batch, Tiling(short_q=1, long_q=8, split_keys=2)).short.split
+    assert split is not None
+    np.testing.assert_array_equal(split.indptr, [0, 2, 4])
+    np.testing.assert_array_equal(split.tile, [0, 0, 1, 1, 2, 2])  # 2 tiles, and 8 keys in the pages
+    np.testing.assert_array_equal(split.kv_start, [0, 2, 0, 2, 0, 0])
+    np.testing.assert_array_equal(split.kv_end, [2, 4, 2, 3, 0, 0])
+
+
+@pytest.mark.parametrize(("max_q_len", "has_split"), [(1, True), (2, True), (3, False), (12, False)])
+def test_only_short_queries_are_split(max_q_len, has_split):
+    batch = nest_sequences([[1]], bucket=Bucket(12, 4, max_q_len=max_q_len))
+    schedule = schedule_of(batch, Tiling(short_q=2, long_q=2, split_keys=4))
+    assert schedule.long is None
+    assert (schedule.short.split is not None) == has_split
 
 
 def test_split_bound_is_tight():
@@ -320,6 +356,29 @@ def test_tile_bound_is_tight():
     assert tile_bound(64, 64, 16) == 64  # decode: one tile per token
     assert tile_bound(1024, 1, 64) == 16  # one long query
     assert tile_bound(1000, 1, 64) == 16
+
+
+@pytest.mark.parametrize(
+    ("bucket", "tiling", "short", "long"),
+    [
+        (Bucket(40, 6), Tiling(4, 4), 7 + 33 // 4, None),
+        (Bucket(40, 6), Tiling(2, 8), 7, 7 + 19 // 6),  # a long query has three tokens or more
+        (Bucket(40, 6, max_q_len=2), Tiling(2, 8), 7 + 33 // 2, None),
+        (Bucket(6, 6, max_q_len=1), Tiling(2, 8), 6, None),
+        (Bucket(9, 6, max_q_len=1), Tiling(2, 8), 7 + 2 // 2, None),
+    ],
+)
+def test_a_schedule_has_room_for_the_most_tiles_and_no_more(bucket, tiling, short, long):
+    schedule = schedule_of(nest_sequences([[1]], bucket=bucket), tiling)
+    assert schedule.short.seq.shape == (short,)
+    assert (None if schedule.long is None else schedule.long.seq.shape) == (long and (long,))
+
+
+@pytest.mark.parametrize("kind", [Tiles, TileSchedule, SplitPlan])
+def test_schedules_are_immutable(kind):
+    first = dataclasses.fields(kind)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(object.__new__(kind), first, None)
 
 
 def test_short_and_long_queries_stand_in_their_own_lists():
