@@ -176,11 +176,34 @@ def _tile_lists(
     }
 
 
+def _units(batch: RaggedBatch, tiles: Arrays, tiling: Tiling, window: WindowClass) -> Arrays:
+    """The keys of short tiles in pieces of `split_keys`, each a unit of its own."""
+    size, W, tokens = tiling.split_keys, tiles["seq"].shape[0], tiling.short_q
+    assert size is not None
+    keys = batch.bucket.tokens if batch.page_size is None else batch.bucket.pages * batch.page_size
+    U = W + keys // size
+    if window.sliding_window is not None:
+        U = min(U, W * ((window.sliding_window + tokens - 3) // size + 2))
+    first = tiles["kv_start"] // size
+    counts = jnp.maximum((tiles["kv_end"] + size - 1) // size - first, 1)
+    ends = jnp.cumsum(jnp.where(tiles["q_len"] > 0, counts, 0), dtype=jnp.int32)
+    indptr = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    unit, tile = _count(U), _segments(ends, U)
+    live = unit < indptr[-1]
+    owner = jnp.where(live, tile, 0)
+    begin = (first[owner] + unit - indptr[owner]) * size
+    return {
+        "split.tile": tile,
+        "split.kv_start": jnp.where(live, jnp.maximum(begin, tiles["kv_start"][owner]), 0),
+        "split.kv_end": jnp.where(live, jnp.minimum(begin + size, tiles["kv_end"][owner]), 0),
+        "split.indptr": indptr,
+    }
+
+
 def _tile_reader(
     batch: RaggedBatch,
     specs: Iterable[AttentionSpec],
     tiling: Callable[[AttentionSpec], Tiling],
-    names: tuple[str, ...],
 ) -> Arrays:
     tokens = _tokens(batch)
     # Keys that are not paged lie beside their queries.
@@ -189,13 +212,15 @@ def _tile_reader(
         start, end = _visible(batch, tokens, spec.window_class)
         found |= {f"kv_start/{i}": start, f"kv_end/{i}": end}
         for kind, tiles in _tile_lists(batch, tokens, start, end, tiling(spec)).items():
-            found |= {f"{kind}.{name}/{i}": tiles[name] for name in names}
+            if kind == "short" and tiling(spec).split_keys is not None:
+                tiles = tiles | _units(batch, tiles, tiling(spec), spec.window_class)
+            found |= {f"{kind}.{name}/{i}": array for name, array in tiles.items()}
     return found
 
 
 # A list of tiles is one field: its parts are prepared together, also the count that only one reader uses.
-TRITON_TILE = ("seq", "q_start", "q_len", "kv_start", "kv_end", "num_attending")
-XLA_TILE = TRITON_TILE
+TILE = ("seq", "q_start", "q_len", "kv_start", "kv_end", "num_attending")
+SPLIT = ("tile", "kv_start", "kv_end", "indptr")
 
 
 def reference_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
@@ -213,12 +238,12 @@ def reference_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arra
 
 def xla_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
     """What `jaxattn.xla` reads."""
-    return _tile_reader(batch, specs, xla_tiling, XLA_TILE)
+    return _tile_reader(batch, specs, xla_tiling)
 
 
 def triton_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
     """What `jaxattn.triton` reads."""
-    return _tile_reader(batch, specs, triton_tiling, TRITON_TILE)
+    return _tile_reader(batch, specs, triton_tiling)
 
 
 def write_cache_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec] = ()) -> Arrays:
@@ -281,9 +306,11 @@ def read_by(consumer: str, metadata: AttentionMetadata, specs: Iterable[Attentio
         found |= {f"kv_start/{i}": visible.kv_start, f"kv_end/{i}": visible.kv_end}
         if consumer == "reference":
             continue
-        tiling, tile_names = (xla_tiling, XLA_TILE) if consumer == "xla" else (triton_tiling, TRITON_TILE)
-        lists = zip(("short", "long"), visible.schedule(tiling(spec)).lists, strict=False)
-        found |= {f"{kind}.{name}/{i}": getattr(tiles, name) for kind, tiles in lists for name in tile_names}
+        tiling = xla_tiling if consumer == "xla" else triton_tiling
+        for kind, tiles in zip(("short", "long"), visible.schedule(tiling(spec)).lists, strict=False):
+            found |= {f"{kind}.{name}/{i}": getattr(tiles, name) for name in TILE}
+            if tiles.split is not None:
+                found |= {f"{kind}.split.{name}/{i}": getattr(tiles.split, name) for name in SPLIT}
     return found
 
 

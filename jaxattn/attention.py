@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class Choice(NamedTuple):
     reason: str
 
 
+@overload
 def attention(
     q: Array | np.ndarray,
     k: Array | np.ndarray,
@@ -35,8 +36,37 @@ def attention(
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     *,
+    sinks: Array | np.ndarray | None = None,
+    return_lse: Literal[False] = False,
     implementation: str = "auto",
-) -> Float[Array, "T N H"]:
+) -> Array: ...
+
+
+@overload
+def attention(
+    q: Array | np.ndarray,
+    k: Array | np.ndarray,
+    v: Array | np.ndarray,
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    *,
+    sinks: Array | np.ndarray | None = None,
+    return_lse: Literal[True],
+    implementation: str = "auto",
+) -> tuple[Array, Array]: ...
+
+
+def attention(
+    q: Array | np.ndarray,
+    k: Array | np.ndarray,
+    v: Array | np.ndarray,
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    *,
+    sinks: Array | np.ndarray | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "T N H"] | tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of a ragged batch over keys in a paged cache, or packed beside the queries.
 
     Args:
@@ -46,13 +76,17 @@ def attention(
         v: Values, like the keys.
         metadata: From `prepare_metadata`, given this layer's spec.
         spec: The layer.
+        sinks: `[N]` Logits of the sinks, exactly where the spec has them.
+        return_lse: Whether to return the logarithm of the softmax's denominator too.
         implementation: "auto" (see `choose_implementation`), or one of:
             "reference", the plain definition in float32;
             "xla", pure XLA over the tile schedule;
             "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU.
 
     Returns:
-        One output per query token, in the dtype of `q`; zero for padding.
+        One output per query token, in the dtype of `q`; zero for padding. With `return_lse`, also
+        `[T, N]` the natural logarithm of the softmax's denominator, sinks included, in float32 (float64
+        for float64); -inf for padding. With it, attention over parts of the keys can be merged.
 
     Raises:
         ValueError: If shapes, dtypes, spec and metadata disagree, the metadata was not prepared for
@@ -60,14 +94,17 @@ def attention(
         NotImplementedError: If the implementation cannot serve this head size or dtype.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    sinks = None if sinks is None else jnp.asarray(sinks)
     _validate(q, k, v, metadata, spec)
+    _validate_sinks(sinks, spec)
     if implementation == "auto":
         implementation = choose_implementation(spec, dtype=q.dtype).implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
     if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype)):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
-    return IMPLEMENTATIONS[implementation](q, k, v, metadata, spec)
+    out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, sinks=sinks)
+    return (out, lse) if return_lse else out
 
 
 def choose_implementation(
@@ -123,6 +160,18 @@ def _default_device() -> Any:
     if chosen is None:
         return jax.devices()[0]
     return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def _validate_sinks(sinks: Array | None, spec: AttentionSpec) -> None:
+    if (sinks is None) == spec.sinks:
+        given = "was not given" if sinks is None else "was given"
+        raise ValueError(
+            f"sinks {given}, and spec.sinks={spec.sinks}; give them exactly where the spec has them"
+        )
+    if sinks is not None and sinks.shape != (spec.num_q_heads,):
+        raise ValueError(f"sinks.shape={sinks.shape}; this spec needs {(spec.num_q_heads,)}")
+    if sinks is not None and not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(f"sinks have dtype {sinks.dtype}; expected floating-point numbers")
 
 
 def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: AttentionSpec) -> None:

@@ -42,10 +42,22 @@ def xla_tiling(spec: AttentionSpec) -> Tiling:
     return Tiling(short_q=1, long_q=64)
 
 
+TRITON_SPLIT_KEYS = 512
+"""Keys of a decode tile that one program attends to. A constant, not a share of the batch's keys: so a
+sequence's bits do not depend on what else is in the batch, and the results that are merged are less than
+one percent of the keys and values that are read."""
+
+
 def triton_tiling(spec: AttentionSpec) -> Tiling:
-    """Tensor-core tiles of 16 or 64 rows, in which the G heads of a group are packed."""
+    """Tensor-core tiles of 16 or 64 rows, in which the G heads of a group are packed.
+
+    The keys of short queries are split, unless a window leaves too few of them.
+    """
     G = spec.group_size
-    return Tiling(short_q=max(1, 16 // G), long_q=max(1, 64 // G))
+    short_q = max(1, 16 // G)
+    span = spec.window_class.span
+    few_keys = span is not None and span + short_q - 1 <= TRITON_SPLIT_KEYS
+    return Tiling(short_q, max(2 * short_q, 64 // G), None if few_keys else TRITON_SPLIT_KEYS)
 
 
 _RANGES = frozenset({"kv_start", "kv_end"})

@@ -21,7 +21,9 @@ def attend(
     v: Float[Array, "..."],
     metadata: AttentionMetadata,
     spec: AttentionSpec,
-) -> Float[Array, "T N H"]:
+    *,
+    sinks: Float[Array, " N"] | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend by the definition, with every score of every token and key in memory.
 
     Computes in float32, or in float64 for float64 inputs. Differentiable.
@@ -32,9 +34,11 @@ def attend(
         v: Values, like the keys.
         metadata: The batch's metadata.
         spec: The layer.
+        sinks: Logits of the sinks, if the layer has them.
 
     Returns:
-        Outputs in the dtype of `q`; zero for padding.
+        Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
+        -inf for padding.
     """
     visible = metadata.visible_keys(spec.window_class)
     if k.ndim == 4:
@@ -60,11 +64,19 @@ def attend(
     )
     # A finite minimum, not -inf: a padding token sees nothing, and -inf - -inf is NaN.
     scores = jnp.where(sees, scores, jnp.finfo(dtype).min)
-    weights = jnp.where(sees, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
+    row_max = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(dtype).reshape(spec.num_kv_heads, spec.group_size, 1, 1)
+        row_max = jnp.maximum(row_max, sink)
+    weights = jnp.where(sees, jnp.exp(scores - row_max), 0)
     total = weights.sum(axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1, total)
-    out = jnp.einsum("kgts,skh->tkgh", weights, v, precision=lax.Precision.HIGHEST)
-    return out.reshape(T, N, H).astype(q.dtype)
+    if sinks is not None:
+        total = jnp.where(sees.any(axis=-1, keepdims=True), total + jnp.exp(sink - row_max), 0)
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    out = jnp.einsum("kgts,skh->tkgh", weights / total, v, precision=lax.Precision.HIGHEST)
+    lse = jnp.where(seen, row_max + jnp.log(total), -jnp.inf)
+    return out.reshape(T, N, H).astype(q.dtype), lse.transpose(2, 0, 1, 3).reshape(T, N)
 
 
 def _live_pages(

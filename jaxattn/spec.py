@@ -85,7 +85,8 @@ class AttentionSpec:
 
         out = Σⱼ softmaxⱼ(cap(scale · q·kⱼ)) vⱼ,   cap(x) = c · tanh(x / c), or x without a cap.
 
-    Query head n reads key/value head `n // group_size`.
+    Query head n reads key/value head `n // group_size`. With sinks, the softmax of query head n runs
+    over one more logit, which is given, and whose value is 0: a head may attend to nothing.
 
     Attributes:
         num_q_heads: Query heads, N.
@@ -97,6 +98,8 @@ class AttentionSpec:
         logits_soft_cap: The cap c, or None.
         scale: Factor on q·k; `head_dim ** -0.5` where None.
         causal: Whether a token sees only keys up to its own position.
+        sinks: Whether each query head has a sink, a learned logit: neither scaled nor capped, and
+            outside of every window. `attention` then takes their values.
         rope: The rotary embedding of queries and keys, whose tables are then prepared once per step;
             `attention` itself does not rotate. None where there is none.
 
@@ -111,6 +114,7 @@ class AttentionSpec:
     logits_soft_cap: float | None = None
     scale: float | None = None
     causal: bool = True
+    sinks: bool = False
     rope: RopeConfig | None = None
 
     def __post_init__(self) -> None:

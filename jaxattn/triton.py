@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.consumers import triton_tiling
 from jaxattn.metadata import AttentionMetadata
+from jaxattn.schedule import SplitPlan, Tiles
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels import triton as kernel
 
@@ -17,7 +18,9 @@ def attend(
     v: Float[Array, "..."],
     metadata: AttentionMetadata,
     spec: AttentionSpec,
-) -> Float[Array, "T N H"]:
+    *,
+    sinks: Float[Array, " N"] | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend with the kernel: compiled where the program is lowered for CUDA, interpreted elsewhere.
 
     Args:
@@ -26,29 +29,27 @@ def attend(
         v: Values, like the keys.
         metadata: The batch's metadata, with the schedule of this implementation.
         spec: The layer.
+        sinks: Logits of the sinks, if the layer has them.
 
     Returns:
-        Outputs in the dtype of `q`; zero for padding.
+        Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
+        -inf for padding.
     """
     visible = metadata.visible_keys(spec.window_class)
     schedule = visible.schedule(triton_tiling(spec))
     paged = k.ndim == 4
     start = metadata.page_indptr if paged else metadata.cu_kv_lens
     lookup = kernel.KeyLookup(start=start, pages=metadata.page_list if paged else None)
-    tile_lists = tuple(
-        (kernel.TileArrays(t.seq, t.q_start, t.q_len, t.kv_start, t.kv_end), t.block_q)
-        for t in schedule.lists
-    )
 
-    def run(q: Array, k: Array, v: Array, *, interpret: bool) -> Array:
+    def run(q: Array, k: Array, v: Array, *, interpret: bool) -> tuple[Array, Array]:
         return kernel.ragged_attention(
             q,
             k.reshape(-1, *k.shape[-2:]),
             v.reshape(-1, *v.shape[-2:]),
-            visible.kv_start,
-            visible.kv_end,
+            kernel.VisibleRange(visible.kv_start, visible.kv_end),
             lookup,
-            tile_lists,
+            tuple(_tile_list(tiles) for tiles in schedule.lists),
+            sinks=sinks,
             page_size=k.shape[1] if paged else None,
             scale=spec.softmax_scale,
             logits_soft_cap=spec.logits_soft_cap,
@@ -64,3 +65,12 @@ def attend(
         cuda=lambda *args: run(*args, interpret=False),
         default=lambda *args: run(*args, interpret=True),
     )
+
+
+def _tile_list(tiles: Tiles) -> kernel.TileList:
+    arrays = kernel.TileArrays(tiles.seq, tiles.q_start, tiles.q_len, tiles.kv_start, tiles.kv_end)
+    return kernel.TileList(arrays, tiles.block_q, None if tiles.split is None else _split_arrays(tiles.split))
+
+
+def _split_arrays(split: SplitPlan) -> kernel.SplitArrays:
+    return kernel.SplitArrays(split.tile, split.kv_start, split.kv_end, split.indptr)

@@ -41,7 +41,9 @@ def attend(
     v: Float[Array, "..."],
     metadata: AttentionMetadata,
     spec: AttentionSpec,
-) -> Float[Array, "T N H"]:
+    *,
+    sinks: Float[Array, " N"] | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend tile by tile.
 
     Products take the inputs' dtype and accumulate in float32, or in float64 for float64 inputs.
@@ -52,9 +54,11 @@ def attend(
         v: Values, like the keys.
         metadata: The batch's metadata, with the schedule of this implementation.
         spec: The layer.
+        sinks: Logits of the sinks, if the layer has them.
 
     Returns:
-        Outputs in the dtype of `q`; zero for padding.
+        Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
+        -inf for padding.
     """
     visible = metadata.visible_keys(spec.window_class)
     schedule = visible.schedule(xla_tiling(spec))
@@ -65,10 +69,13 @@ def attend(
     T, N, H = q.shape
     margin = max(tiles.block_q for tiles in schedule.lists)
     out = jnp.zeros((T + margin, N, H), q.dtype)
+    lse = jnp.full((T + margin, N), -jnp.inf, softmax_dtype(q.dtype))
     q = jnp.pad(q, ((0, margin), (0, 0), (0, 0)))
     for tiles, block_k in zip(schedule.lists, (SHORT_BLOCK_K, LONG_BLOCK_K), strict=False):
-        out = _attend_tiles(out, q, k, v, tiles, visible, spec, block_k=block_k, slots_of=slots_of)
-    return out[:T]
+        out, lse = _attend_tiles(
+            out, lse, q, k, v, tiles, visible, spec, sinks, block_k=block_k, slots_of=slots_of
+        )
+    return out[:T], lse[:T]
 
 
 def _slot_lookup(
@@ -86,17 +93,19 @@ def _slot_lookup(
 
 def _attend_tiles(
     out: Float[Array, "Tpad N H"],
+    lse: Float[Array, "Tpad N"],
     q: Float[Array, "Tpad N H"],
     k: Float[Array, "slots K H"],
     v: Float[Array, "slots K H"],
     tiles: Tiles,
     visible: VisibleKeys,
     spec: AttentionSpec,
+    sinks: Float[Array, " N"] | None,
     *,
     block_k: int,
     slots_of: Callable,
-) -> Float[Array, "Tpad N H"]:
-    """Write the outputs of one list of tiles into `out`."""
+) -> tuple[Float[Array, "Tpad N H"], Float[Array, "Tpad N"]]:
+    """Write the results of one list of tiles into `out` and `lse`."""
     block_q, (_, N, H), K, G = tiles.block_q, q.shape, spec.num_kv_heads, spec.group_size
     dtype = softmax_dtype(q.dtype)
     margin = q.shape[0] - visible.kv_start.shape[0]
@@ -105,7 +114,7 @@ def _attend_tiles(
     def rows(array: Array, start: Array) -> Array:
         return lax.dynamic_slice_in_dim(array, start, block_q)
 
-    def attend_tile(i: Array, out: Array) -> Array:
+    def attend_tile(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         seq, q_start, kv_begin, kv_end = tiles.seq[i], tiles.q_start[i], tiles.kv_start[i], tiles.kv_end[i]
         in_tile = jnp.arange(block_q) < tiles.q_len[i]
         # Rows of one key head: block_q tokens times the G heads that share it.
@@ -132,15 +141,26 @@ def _attend_tiles(
             max=jnp.full((K, block_q * G), NEG, dtype),
             total=jnp.zeros((K, block_q * G), dtype),
         )
+        if sinks is not None:  # a key that comes first, and whose value is 0
+            sink = jnp.tile(sinks.astype(dtype).reshape(K, G), (1, block_q))
+            state = state._replace(
+                max=jnp.where(first < end, sink, NEG), total=jnp.where(first < end, jnp.ones_like(sink), 0)
+            )
         state = lax.fori_loop(kv_begin // block_k, (kv_end + block_k - 1) // block_k, attend_block, state)
-        o_tile = state.acc / jnp.where(state.total == 0, 1, state.total)[..., None]
-        o_tile = (
-            o_tile.reshape(K, block_q, G, H).transpose(1, 0, 2, 3).reshape(block_q, N, H).astype(out.dtype)
-        )
-        kept = jnp.where(in_tile[:, None, None], o_tile, rows(out, q_start))
-        return lax.dynamic_update_slice_in_dim(out, kept, q_start, 0)
+        seen = state.total > 0
+        total = jnp.where(seen, state.total, 1)
+        o_tile = (state.acc / total[..., None]).reshape(K, block_q, G, H).transpose(1, 0, 2, 3)
+        lse_tile = jnp.where(seen, state.max + jnp.log(total), -jnp.inf)
+        lse_tile = lse_tile.reshape(K, block_q, G).transpose(1, 0, 2).reshape(block_q, N)
 
-    return lax.fori_loop(0, tiles.num_attending, attend_tile, out)
+        def write(result: Array, tile: Array) -> Array:
+            kept = jnp.where(in_tile.reshape(-1, *[1] * (tile.ndim - 1)), tile, rows(result, q_start))
+            return lax.dynamic_update_slice_in_dim(result, kept, q_start, 0)
+
+        out, lse = results
+        return write(out, o_tile.reshape(block_q, N, H).astype(out.dtype)), write(lse, lse_tile)
+
+    return lax.fori_loop(0, tiles.num_attending, attend_tile, (out, lse))
 
 
 def _update(

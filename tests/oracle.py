@@ -16,9 +16,17 @@ from jaxattn.spec import AttentionSpec
 
 def attend_dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec) -> np.ndarray:
     """Attention of one sequence's last `len(q)` tokens over all its keys. `[q_len, N, H]`."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    return attend_dense_with_lse(q, k, v, spec)[0]
+
+
+def attend_dense_with_lse(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec, sinks: np.ndarray | None = None,
+    dtype: type = np.float64,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The same, and the logarithm of the softmax's denominator `[q_len, N]`; sinks are keys of value 0."""
+    q, k, v = (np.asarray(x, dtype) for x in (q, k, v))
     k, v = np.repeat(k, spec.group_size, axis=1), np.repeat(v, spec.group_size, axis=1)
-    scores = np.einsum("qnh,knh->nqk", q, k) * (spec.scale if spec.scale is not None else q.shape[-1] ** -0.5)
+    scores = np.einsum("qnh,knh->nqk", q, k) * dtype(spec.scale or q.shape[-1] ** -0.5)
     if spec.logits_soft_cap is not None:
         scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
     position = len(k) - len(q) + np.arange(len(q))[:, None]
@@ -27,8 +35,14 @@ def attend_dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpe
     if spec.sliding_window is not None:
         sees &= key > position - spec.sliding_window
     scores = np.where(sees, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("nqk,knh->qnh", weights / weights.sum(-1, keepdims=True), v)
+    if sinks is not None:
+        sink = np.broadcast_to(np.asarray(sinks, dtype)[:, None, None], (*scores.shape[:2], 1))
+        scores, v = np.concatenate([scores, sink], axis=-1), np.concatenate([v, np.zeros_like(v[:1])])
+    largest = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    out = np.einsum("nqk,knh->qnh", weights / total, v)
+    return out, (largest + np.log(total))[..., 0].T
 
 
 @dataclass(frozen=True)

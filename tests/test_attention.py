@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import Problem
+from oracle import Problem, attend_dense_with_lse
 from tolerances import assert_as_good_as
 
 from jaxattn import (
@@ -117,6 +118,68 @@ def test_many_key_blocks(window, page_size, implementation):
     plain, _ = run_paged(problem, spec, page_size, "reference")
     got, _ = run_paged(problem, spec, page_size, implementation)
     assert_as_good_as(got, plain, problem.expected(spec), jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (7, 5.0), (600, None)])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_sinks_and_lse(window, soft_cap, has_sinks, implementation):
+    """Over one key block and over several, split keys among them; padding has no denominator."""
+    spec = dataclasses.replace(make_spec("gqa", window, soft_cap, 64), sinks=has_sinks)
+    sinks = np.linspace(-9, 9, spec.num_q_heads, dtype=np.float32) if has_sinks else None
+    for workload in (ODD[3], LONG):
+        problem = Problem.draw(workload, spec)
+        num_pages = 2600 // 16 + 8
+        tables, k_pages, v_pages = problem.pages(16, num_pages=num_pages)
+        bucket = Bucket(tokens=160, seqs=8, pages=num_pages)
+        batch = nest_workload(workload, page_tables=tables, page_size=16, bucket=bucket)
+        q = problem.packed(problem.q, bucket.tokens)
+        results = attention_with_lse(spec, implementation)(
+            *(jnp.asarray(x) for x in (q, k_pages, v_pages)), sinks, prepare_metadata(batch, spec)
+        )
+        sequences = list(zip(problem.q, problem.k, problem.v, strict=True))
+        plain, exact = (
+            [
+                np.concatenate(x)
+                for x in zip(*(attend_dense_with_lse(*s, spec, sinks, dtype) for s in sequences), strict=True)
+            ]
+            for dtype in (np.float32, np.float64)
+        )
+        n = len(exact[0])
+        for got, p, e, padding in zip(results, plain, exact, (0, -np.inf), strict=True):
+            assert_as_good_as(np.asarray(got)[:n], p, e, jnp.dtype("float32"))
+            np.testing.assert_array_equal(got[n:], padding)
+
+
+@functools.lru_cache(maxsize=8)
+def attention_with_lse(spec: AttentionSpec, implementation: str):
+    return jax.jit(
+        lambda q, k, v, sinks, m: attention(
+            q, k, v, m, spec, sinks=sinks, return_lse=True, implementation=implementation
+        )
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+def test_parts_of_the_keys_merge_by_their_lse(implementation):
+    """Two-sided attention to two halves of the keys of one sequence, in two batches."""
+    spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=64, causal=False)
+    whole = Problem.draw(Workload("one", (5,), (200,), ""), spec)
+    parts = []
+    for keys in (slice(0, 97), slice(97, 205)):
+        k, v = whole.k[0][keys], whole.v[0][keys]
+        half = Problem(Workload("half", (5,), (len(k) - 5,), ""), whole.q, [k], [v])
+        tables, k_pages, v_pages = half.pages(16, num_pages=16)
+        bucket = Bucket(tokens=8, seqs=1, pages=16)
+        batch = nest_workload(half.workload, page_tables=tables, page_size=16, bucket=bucket)
+        q = jnp.asarray(half.packed(half.q, 8))
+        run = attention_with_lse(spec, implementation)
+        parts.append(run(q, jnp.asarray(k_pages), jnp.asarray(v_pages), None, prepare_metadata(batch, spec)))
+    (first, lse), (second, other) = parts
+    share = 1 / (1 + np.exp(np.asarray(other - lse, np.float64)))[:5, :, None]
+    merged = share * np.asarray(first)[:5] + (1 - share) * np.asarray(second)[:5]
+    plain, _ = attend_dense_with_lse(whole.q[0], whole.k[0], whole.v[0], spec, dtype=np.float32)
+    assert_as_good_as(merged, plain, whole.expected(spec), jnp.dtype("float32"))
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -277,6 +340,23 @@ class TestValidation:
     def test_dtypes(self):
         with pytest.raises(ValueError, match="one dtype"):
             self.attend(k=self.k.astype(jnp.bfloat16))
+
+    def test_sinks_of_a_spec_without(self):
+        with pytest.raises(ValueError, match=r"sinks was given, and spec.sinks=False"):
+            self.attend(sinks=jnp.zeros(4))
+
+    @pytest.mark.parametrize(
+        ("sinks", "message"),
+        [
+            (None, "sinks was not given, and spec.sinks=True"),
+            (np.zeros(2, "f"), r"sinks.shape=\(2,\); this spec needs \(4,\)"),
+            (np.zeros(4, int), "sinks have dtype int.*; expected floating-point"),
+        ],
+    )
+    def test_sinks(self, sinks, message):
+        spec = dataclasses.replace(self.spec, sinks=True)
+        with pytest.raises(ValueError, match=message):
+            self.attend(spec=spec, sinks=sinks)
 
     def test_integers(self):
         with pytest.raises(ValueError, match="q has dtype int32; expected floating-point"):

@@ -2,7 +2,8 @@
 
 One kernel serves prefill, chunked prefill, decode and mixed batches. What distinguishes them is
 the tile list. The visible key range of every token comes as two arrays, so causal, windowed and
-two-sided attention are the same code, and a mask that is a range needs no new kernel.
+two-sided attention are the same code, and a mask that is a range needs no new kernel. Where the
+keys of a tile are split among programs, a second kernel merges their partial results.
 
 Every call that exists only on Pallas's Triton backend is made in this file (`plgpu`).
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,9 @@ NEG = -1e30
 MIN_DOT = 16
 MAX_HEAD_DIM = 256
 """The largest head that the kernel serves."""
+MAX_PROGRAMS = 2048
+"""Programs of one launch, at most: several waves on every GPU. Where a list has room for more units,
+each program takes every 2,048th, so that room which a batch leaves empty costs little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +54,37 @@ class KernelConfig:
 
 
 class TileArrays(NamedTuple):
-    """One list of W tiles, as int32 arrays of length W (see `jaxattn.schedule.Tiles`)."""
+    """A list of W tiles, as int32 arrays of length W (see `jaxattn.schedule.Tiles`)."""
 
     seq: jax.Array
     q_start: jax.Array
     q_len: jax.Array
     kv_start: jax.Array
     kv_end: jax.Array
+
+
+class SplitArrays(NamedTuple):
+    """How the keys of W tiles are split into U units (see `jaxattn.schedule.SplitPlan`).
+
+    Attributes:
+        tile: `[U]` Tile of the unit; W for a dead one.
+        kv_start: `[U]` Its first key.
+        kv_end: `[U]` One past its last key.
+        indptr: `[W + 1]` Prefix sums of the units of each tile.
+    """
+
+    tile: jax.Array
+    kv_start: jax.Array
+    kv_end: jax.Array
+    indptr: jax.Array
+
+
+class TileList(NamedTuple):
+    """Tiles of at most `block_q` tokens, and how their keys are split, if they are."""
+
+    tiles: TileArrays
+    block_q: int
+    split: SplitArrays | None
 
 
 class KeyLookup(NamedTuple):
@@ -68,6 +97,30 @@ class KeyLookup(NamedTuple):
 
     start: jax.Array
     pages: jax.Array | None
+
+
+class VisibleRange(NamedTuple):
+    """Which keys each token sees, as positions in its sequence.
+
+    Attributes:
+        start: `[T]` The first key.
+        end: `[T]` One past the last key.
+    """
+
+    start: jax.Array
+    end: jax.Array
+
+
+class Attended(NamedTuple):
+    """What attention returns, of all keys of a token or of some.
+
+    Attributes:
+        out: `[rows, N, H]` Outputs.
+        lse: `[rows, N]` float32 Logarithm of the softmax's denominator.
+    """
+
+    out: jax.Array
+    lse: jax.Array
 
 
 def config_for(*, block_rows: int, head_dim: int, itemsize: int) -> KernelConfig:
@@ -99,143 +152,304 @@ def ragged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_start: jax.Array,
-    kv_end: jax.Array,
+    visible: VisibleRange,
     lookup: KeyLookup,
-    tile_lists: tuple[tuple[TileArrays, int], ...],
+    tile_lists: tuple[TileList, ...],
     *,
+    sinks: jax.Array | None = None,
     page_size: int | None,
     scale: float,
     logits_soft_cap: float | None,
     windowed: bool,
     interpret: bool,
     config: KernelConfig | None = None,
-) -> jax.Array:
-    """Attend with every tile of every list; each row of the output is written by one tile.
+) -> Attended:
+    """Attend with every tile of every list; each row of the output is written by one program.
 
     Args:
         q: `[T, N, H]` Queries, packed.
         k: `[S, K, H]` Keys on one flat axis, packed or pages one after the other.
         v: `[S, K, H]` Values.
-        kv_start: `[T]` First visible key of each token, as a position in its sequence.
-        kv_end: `[T]` One past the last visible key.
+        visible: Which keys each token sees.
         lookup: Where a sequence's keys lie.
-        tile_lists: Each list with its tokens per tile.
+        tile_lists: The tiles.
+        sinks: `[N]` float32 One logit per query head that takes its share of the softmax and has no
+            value; None for none.
         page_size: Tokens per page, or None for packed keys.
         scale: Factor on q·k.
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
-        windowed: Whether a token's range may begin after the sequence does; otherwise `kv_start`
-            is 0 everywhere.
+        windowed: Whether a token's range may begin after the sequence does; otherwise
+            `visible.start` is 0 everywhere.
         interpret: Run on the CPU, as the interpreter of Pallas does.
         config: Sizes of the launches; chosen by `config_for` where None.
 
     Returns:
-        `[T, N, H]` Outputs in the dtype of `q`; rows that no tile covers are undefined.
+        `out [T, N, H]` in the dtype of `q`, and `lse [T, N]`, a natural logarithm; 0 and -inf for a
+        token that sees no key. Rows that no tile covers are undefined.
     """
-    out = None
-    for tiles, block_q in tile_lists:
-        out = _launch(
-            q, k, v, kv_start, kv_end, lookup, tiles, out, block_q=block_q, page_size=page_size, scale=scale,
+    done = None
+    for tile_list in tile_lists:
+        done = _attend_list(
+            q, k, v, visible, lookup, tile_list, sinks, done, page_size=page_size, scale=scale,
             logits_soft_cap=logits_soft_cap, windowed=windowed, interpret=interpret, config=config,
         )  # fmt: skip
-    assert out is not None
-    return out
+    assert done is not None
+    return done
 
 
-def _launch(q, k, v, kv_start, kv_end, lookup, tiles, out, *, block_q, config, interpret, **static):
-    """One `pallas_call`; writes into `out` where an earlier launch made it."""
-    (_, N, H), K = q.shape, k.shape[1]
-    G = N // K
-    config = config or config_for(block_rows=_block(block_q * G), head_dim=H, itemsize=q.dtype.itemsize)
-    # A tile may be too tall for one program: its tokens go to several.
-    program_q = max(1, min(block_q, config.max_rows // G))
-    block_rows = _block(program_q * G)
-    kernel = functools.partial(
-        _kernel,
-        has_pages=lookup.pages is not None,
-        has_out=out is not None,
-        block_q=program_q,
-        block_rows=block_rows,
-        block_k=config.block_k,
-        **static,
-    )
-    inputs = [*tiles, lookup.start]
-    inputs += [lookup.pages] if lookup.pages is not None else []
-    inputs += [kv_start, kv_end, q, k, v]
-    inputs += [out] if out is not None else []
-    return pl.pallas_call(
-        kernel,
-        grid=(tiles.seq.shape[0], K, pl.cdiv(block_q, program_q)),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(inputs),
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        input_output_aliases={len(inputs) - 1: 0} if out is not None else {},
-        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        interpret=interpret,
-        name=f"ragged_attention_q{block_rows}",
-    )(*inputs)
+class _Shape(NamedTuple):
+    """Static sizes of a launch.
 
-
-def _kernel(*refs, has_pages: bool, has_out: bool, **static):
-    """Unpack the references, in the order of `_launch`; all lie in global memory."""
-    seq_ref, q_start_ref, q_len_ref, tile_start_ref, tile_end_ref, start_ref, *rest = refs
-    pages_ref = rest.pop(0) if has_pages else None
-    kv_start_ref, kv_end_ref, q_ref, k_ref, v_ref, *rest = rest
-    o_ref = rest[1] if has_out else rest[0]
-
-    w, head = pl.program_id(0), pl.program_id(1)
-    skipped = pl.program_id(2) * static["block_q"]  # tokens of the tile that other programs serve
-    q_len = q_len_ref[w] - skipped
-
-    @pl.when(q_len > 0)
-    def _():
-        _attend_tile(
-            kv_start_ref,  # [T]
-            kv_end_ref,  # [T]
-            pages_ref,  # [P] or None
-            q_ref,  # [T, N, H]
-            k_ref,  # [S, K, H]
-            v_ref,  # [S, K, H]
-            o_ref,  # [T, N, H]
-            head=head,
-            q_start=q_start_ref[w] + skipped,
-            q_len=q_len,
-            tile_start=tile_start_ref[w],
-            tile_end=tile_end_ref[w],
-            key_base=start_ref[seq_ref[w]],
-            **static,
-        )
-
-
-def _attend_tile(
-    kv_start_ref, kv_end_ref, pages_ref, q_ref, k_ref, v_ref, o_ref,
-    *, head, q_start, q_len, tile_start, tile_end, key_base,
-    block_q, block_rows, block_k, page_size, scale, logits_soft_cap, windowed,
-):  # fmt: skip
-    """Online softmax of one query tile over its keys, for one key head and its G query heads.
-
-    Row r of the tile is token `r // G` and query head `head * G + r % G`. Loads and stores of
-    dead rows go out of bounds, never onto a live row.
+    Attributes:
+        tokens: Rows of the query array, T.
+        num_q_heads: N.
+        num_kv_heads: K.
+        head_dim: H.
+        tile_q: Tokens per tile, at most.
+        block_q: Those of them that one program serves.
+        block_k: Keys per step.
     """
-    (T, N, H), K = q_ref.shape, k_ref.shape[1]
-    G = N // K
-    head_block = _block(H)
-    r = jnp.arange(block_rows, dtype=jnp.int32)
-    token = r // G
-    row_ok = (token < q_len) & (r < block_q * G)
-    q_row = jnp.where(row_ok, q_start + token, T)
-    q_head = head * G + r % G
+
+    tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tile_q: int
+    block_q: int
+    block_k: int
+
+    @property
+    def group_size(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def block_rows(self) -> int:
+        return _block(self.block_q * self.group_size)
+
+    @property
+    def head_block(self) -> int:
+        return _block(self.head_dim)
+
+    @property
+    def programs_per_unit(self) -> int:
+        """One per key head and per part of a tile that is too tall for one program."""
+        return self.num_kv_heads * pl.cdiv(self.tile_q, self.block_q)
+
+
+def _attend_list(
+    q, k, v, visible, lookup, tile_list, sinks, done, *, config, interpret, **options
+) -> Attended:
+    """Attend with one list, into `done`, the results of the lists before it, where there are any."""
+    tiles, tile_q, split = tile_list
+    (T, N, H), K = q.shape, k.shape[1]
+    config = config or config_for(block_rows=_block(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize)
+    block_q = max(1, min(tile_q, config.max_rows // (N // K)))
+    shape = _Shape(T, N, K, H, tile_q, block_q, config.block_k)
+
+    def launch(kernel: Callable, units: int, inputs: tuple, outputs: tuple, done: Attended | None) -> tuple:
+        programs = units * shape.programs_per_unit
+        in_place = range(len(jax.tree.leaves(done)))
+        before = len(jax.tree.leaves(inputs))
+        anywhere = pl.BlockSpec(memory_space=pl.ANY)
+        return pl.pallas_call(
+            functools.partial(_for_each, kernel, programs),
+            grid=(min(programs, MAX_PROGRAMS),),
+            in_specs=jax.tree.map(lambda _: anywhere, (*inputs, done)),
+            out_specs=jax.tree.map(lambda _: anywhere, outputs),
+            out_shape=outputs,
+            input_output_aliases={before + i: i for i in in_place},
+            compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+            interpret=interpret,
+            name=f"{kernel.func.__name__.strip('_')}_q{shape.block_rows}",
+        )(*inputs, done)
+
+    def abstract(rows: int, dtype: Any) -> Attended:
+        lse: Any = jax.ShapeDtypeStruct((rows, N), jnp.float32)
+        return Attended(jax.ShapeDtypeStruct((rows, N, H), dtype), lse)
+
+    num_tiles = tiles.seq.shape[0]
+    num_units = num_tiles if split is None else split.tile.shape[0]
+    result = abstract(T, q.dtype)
+    partial = None if split is None else abstract(num_units * tile_q, jnp.float32)
+    attend = functools.partial(_ragged_attention, shape=shape, **options)
+    inputs = (tiles, split, lookup, visible, q, k, v, sinks)
+    done, partial = launch(attend, num_units, inputs, (result, partial), done)
+    if split is None:
+        return done
+    merge = functools.partial(_merge_attention, shape=shape)
+    (done,) = launch(merge, num_tiles, (tiles, split, visible, sinks, partial), (result,), done)
+    return done
+
+
+def _for_each(kernel: Callable, programs: int, *refs) -> None:
+    """Run the kernel for this program's share of the `programs` that are to run."""
+    first = pl.program_id(0)
+    if programs <= MAX_PROGRAMS:
+        kernel(first, *refs)
+        return
+
+    def step(i, _):
+        program = first + i * MAX_PROGRAMS
+        pl.when(program < programs)(lambda: kernel(program, *refs))
+
+    lax.fori_loop(0, pl.cdiv(programs, MAX_PROGRAMS), step, None)
+
+
+class _Rows(NamedTuple):
+    """The rows that one program serves: row r is token `r // G` and query head `head * G + r % G`.
+
+    Attributes:
+        token: `[block_rows]` Token of the tile.
+        is_live: `[block_rows]` Whether the tile has it.
+        q_row: `[block_rows]` Its row in the packed arrays; T, out of bounds, where it is dead.
+        q_head: `[block_rows]` Query head.
+        first: `[block_rows]` First visible key.
+        end: `[block_rows]` One past the last visible key.
+    """
+
+    token: jax.Array
+    is_live: jax.Array
+    q_row: jax.Array
+    q_head: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+def _rows_of(tiles, w, head, part, visible, shape: _Shape) -> _Rows:
+    r, G = jnp.arange(shape.block_rows, dtype=jnp.int32), shape.group_size
+    token = part * shape.block_q + r // G
+    is_live = (token < tiles.q_len[w]) & (r < shape.block_q * G)
+    # Loads and stores of dead rows go out of bounds, never onto a live row.
+    q_row = jnp.where(is_live, tiles.q_start[w] + token, shape.tokens)
+    first = plgpu.load(visible.start.at[q_row], mask=is_live, other=0)
+    end = plgpu.load(visible.end.at[q_row], mask=is_live, other=0)
+    return _Rows(token, is_live, q_row, head * G + r % G, first, end)
+
+
+class _Softmax(NamedTuple):
+    """State of an online softmax in base 2, all float32.
+
+    Attributes:
+        acc: `[block_rows, head_block]` Sum of weighted values.
+        max: `[block_rows]` The largest logit so far.
+        total: `[block_rows]` Sum of weights.
+    """
+
+    acc: jax.Array
+    max: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def begin(cls, rows: _Rows, sinks, is_whole, shape: _Shape) -> _Softmax:
+        """Before the first key. A sink comes first, once per row that sees a key; its value is 0."""
+        acc = jnp.zeros((shape.block_rows, shape.head_block), jnp.float32)
+        if sinks is None:
+            none = jnp.zeros((shape.block_rows,), jnp.float32)
+            return cls(acc, none + NEG, none)
+        has_sink = rows.is_live & (rows.first < rows.end) & is_whole
+        sink = plgpu.load(sinks.at[rows.q_head], mask=has_sink, other=0.0)
+        return cls(acc, jnp.where(has_sink, sink * LOG2E, NEG), jnp.where(has_sink, 1.0, 0.0))
+
+    def finish(self) -> tuple[jax.Array, jax.Array]:
+        """Outputs and the base-2 logarithm of the denominator; 0 and -inf where nothing was seen."""
+        total = jnp.where(self.total > 0, self.total, 1.0)
+        lse = jnp.where(self.total > 0, self.max + jnp.log(total) * LOG2E, -jnp.inf)
+        return self.acc * (1.0 / total)[:, None], lse
+
+
+def _ragged_attention(
+    program, tiles, split, lookup, visible, q_ref, k_ref, v_ref, sinks, _done, result, partial,
+    *, shape: _Shape, **options,
+) -> None:  # fmt: skip
+    """One key head, and one part, of a tile with all its keys, or with those of one unit."""
+    K, unit = shape.num_kv_heads, program // shape.programs_per_unit
+    head, part = program % K, program % shape.programs_per_unit // K
+    if split is None:
+        w, is_live, is_whole = unit, True, True
+        key_start, key_end = tiles.kv_start[w], tiles.kv_end[w]
+    else:
+        num_tiles = tiles.seq.shape[0]
+        w = jnp.minimum(split.tile[unit], num_tiles - 1)
+        is_live = split.tile[unit] < num_tiles
+        is_whole = split.indptr[w + 1] - split.indptr[w] == 1
+        key_start, key_end = split.kv_start[unit], split.kv_end[unit]
+
+    @pl.when(is_live & (tiles.q_len[w] > part * shape.block_q))
+    def _():
+        rows = _rows_of(tiles, w, head, part, visible, shape)
+        state = _attend_keys(
+            rows, q_ref, k_ref, v_ref, lookup.pages, _Softmax.begin(rows, sinks, is_whole, shape),
+            head=head, key_start=key_start, key_end=key_end, key_base=lookup.start[tiles.seq[w]],
+            shape=shape, **options,
+        )  # fmt: skip
+        out, lse = state.finish()
+        if partial is None:
+            _store(result, rows.q_row, rows.is_live, rows, out, lse / LOG2E, shape)
+            return
+        # A unit that is its whole tile has the result; it is written at once, and not merged.
+        to_result, to_partial = rows.is_live & is_whole, rows.is_live & ~is_whole
+        _store(
+            result, jnp.where(to_result, rows.q_row, shape.tokens), to_result, rows, out, lse / LOG2E, shape
+        )
+        num_rows = partial.lse.shape[0]
+        place = jnp.where(to_partial, unit * shape.tile_q + rows.token, num_rows)
+        _store(partial, place, to_partial, rows, out, lse, shape)
+
+
+def _merge_attention(program, tiles, split, visible, sinks, partial, _done, result, *, shape: _Shape) -> None:
+    """One key head, and one part, of a tile whose keys were split among several units."""
+    K, w = shape.num_kv_heads, program // shape.programs_per_unit
+    head, part = program % K, program % shape.programs_per_unit // K
+    first, end = split.indptr[w], split.indptr[w + 1]
+
+    @pl.when((end - first > 1) & (tiles.q_len[w] > part * shape.block_q))
+    def _():
+        rows = _rows_of(tiles, w, head, part, visible, shape)
+        d = jnp.arange(shape.head_block, dtype=jnp.int32)
+        mask = _mask(rows.is_live, shape)
+
+        def add_unit(unit, state: _Softmax) -> _Softmax:
+            place = unit * shape.tile_q + rows.token
+            out = plgpu.load(
+                partial.out.at[place[:, None], rows.q_head[:, None], d[None, :]], mask=mask, other=0.0
+            )
+            lse = plgpu.load(partial.lse.at[place, rows.q_head], mask=rows.is_live, other=-jnp.inf)
+            new_max = jnp.maximum(state.max, lse)
+            rescale, weight = jnp.exp2(state.max - new_max), jnp.exp2(lse - new_max)
+            acc = state.acc * rescale[:, None] + out * weight[:, None]
+            return _Softmax(acc, new_max, state.total * rescale + weight)
+
+        state = lax.fori_loop(first, end, add_unit, _Softmax.begin(rows, sinks, True, shape))
+        out, lse = state.finish()
+        _store(result, rows.q_row, rows.is_live, rows, out, lse / LOG2E, shape)
+
+
+def _mask(rows_ok: jax.Array, shape: _Shape) -> jax.Array:
+    """`[rows, head_block]` The elements that exist."""
+    mask = rows_ok[:, None]
+    if shape.head_block != shape.head_dim:
+        mask &= (jnp.arange(shape.head_block, dtype=jnp.int32) < shape.head_dim)[None, :]
+    return jnp.broadcast_to(mask, (rows_ok.shape[0], shape.head_block))
+
+
+def _store(refs: Attended, place, is_stored, rows: _Rows, out, lse, shape: _Shape) -> None:
+    """Write outputs to rows `place` of `refs`, which lie out of bounds where they are not stored."""
+    d = jnp.arange(shape.head_block, dtype=jnp.int32)
+    where = refs.out.at[place[:, None], rows.q_head[:, None], d[None, :]]
+    plgpu.store(where, out.astype(refs.out.dtype), mask=_mask(is_stored, shape))
+    plgpu.store(refs.lse.at[place, rows.q_head], lse, mask=is_stored)
+
+
+def _attend_keys(
+    rows: _Rows, q_ref, k_ref, v_ref, pages_ref, state: _Softmax,
+    *, head, key_start, key_end, key_base, shape: _Shape, page_size, scale, logits_soft_cap, windowed,
+) -> _Softmax:  # fmt: skip
+    """Add the keys `key_start .. key_end` of a sequence to the softmax of the rows."""
+    block_k = shape.block_k
     # A plain arange: a masked index here would turn 128-bit loads into 16-bit ones.
-    d = jnp.arange(head_block, dtype=jnp.int32)
-
-    def mask_2d(rows_ok):
-        in_head = None if head_block == H else (d < H)[None, :]
-        mask = rows_ok[:, None] if in_head is None else rows_ok[:, None] & in_head
-        return jnp.broadcast_to(mask, (rows_ok.shape[0], head_block))
-
-    q = plgpu.load(q_ref.at[q_row[:, None], q_head[:, None], d[None, :]], mask=mask_2d(row_ok), other=0.0)
-    first = plgpu.load(kv_start_ref.at[q_row], mask=row_ok, other=0)
-    end = plgpu.load(kv_end_ref.at[q_row], mask=row_ok, other=0)
+    d = jnp.arange(shape.head_block, dtype=jnp.int32)
+    q_place = (rows.q_row[:, None], rows.q_head[:, None], d[None, :])
+    q = plgpu.load(q_ref.at[q_place], mask=_mask(rows.is_live, shape), other=0.0)
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     def slots_of(j, positions, ok):
@@ -248,19 +462,18 @@ def _attend_tile(
         return page * page_size + positions % page_size
 
     def visible(positions):
-        sees = positions[None, :] < end[:, None]
+        sees = positions[None, :] < rows.end[:, None]
         # Without a window this comparison is true throughout, and costs registers.
-        return sees & (first[:, None] <= positions[None, :]) if windowed else sees
+        return sees & (rows.first[:, None] <= positions[None, :]) if windowed else sees
 
-    def attend_block(j, state, masked):
-        acc, row_max, total = state
+    def attend_block(j, state: _Softmax, masked: bool) -> _Softmax:
         positions = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
-        ok = positions < tile_end if masked else positions >= 0
+        ok = positions < key_end if masked else positions >= 0
         if masked and windowed:
-            ok &= positions >= tile_start
+            ok &= positions >= key_start
         slots = slots_of(j, positions, ok)
         block = (slots[:, None], head, d[None, :])
-        k = plgpu.load(k_ref.at[block], mask=mask_2d(ok), other=0.0)
+        k = plgpu.load(k_ref.at[block], mask=_mask(ok, shape), other=0.0)
         s = jnp.dot(q, k.T, preferred_element_type=jnp.float32, precision=precision)
         if logits_soft_cap is None:
             s = s * (scale * LOG2E)
@@ -269,35 +482,25 @@ def _attend_tile(
         sees = visible(positions) if masked else True
         if masked:
             s = jnp.where(sees, s, NEG)
-        new_max = jnp.maximum(row_max, s.max(axis=1))
-        rescale = jnp.exp2(row_max - new_max)
+        new_max = jnp.maximum(state.max, s.max(axis=1))
+        rescale = jnp.exp2(state.max - new_max)
         p = jnp.exp2(s - new_max[:, None])
         if masked:
             p = jnp.where(sees, p, 0.0)
-        v = plgpu.load(v_ref.at[block], mask=mask_2d(ok), other=0.0)
+        v = plgpu.load(v_ref.at[block], mask=_mask(ok, shape), other=0.0)
         pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=precision)
-        return acc * rescale[:, None] + pv, new_max, total * rescale + p.sum(axis=1)
+        return _Softmax(state.acc * rescale[:, None] + pv, new_max, state.total * rescale + p.sum(axis=1))
 
     # Blocks that every live row sees whole need no mask: [all_begin, all_end) of [begin, stop).
-    begin, stop = tile_start // block_k, (tile_end + block_k - 1) // block_k
-    all_end = jnp.min(jnp.where(row_ok, end, tile_end)) // block_k
-    all_begin = (jnp.max(first) + block_k - 1) // block_k if windowed else begin
+    begin, stop = key_start // block_k, (key_end + block_k - 1) // block_k
+    all_end = jnp.min(jnp.where(rows.is_live, rows.end, key_end)) // block_k
+    all_begin = (jnp.max(rows.first) + block_k - 1) // block_k if windowed else begin
     all_begin = jnp.clip(all_begin, begin, stop)
     all_end = jnp.clip(all_end, all_begin, stop)
-
-    state = (
-        jnp.zeros((block_rows, head_block), jnp.float32),
-        jnp.full((block_rows,), NEG, jnp.float32),
-        jnp.zeros((block_rows,), jnp.float32),
-    )
     if windowed:
         state = lax.fori_loop(begin, all_begin, functools.partial(attend_block, masked=True), state)
     state = lax.fori_loop(all_begin, all_end, functools.partial(attend_block, masked=False), state)
-    acc, _, total = lax.fori_loop(all_end, stop, functools.partial(attend_block, masked=True), state)
-
-    out = acc * (1.0 / jnp.where(total > 0, total, 1.0))[:, None]
-    place = o_ref.at[q_row[:, None], q_head[:, None], d[None, :]]
-    plgpu.store(place, out.astype(o_ref.dtype), mask=mask_2d(row_ok))
+    return lax.fori_loop(all_end, stop, functools.partial(attend_block, masked=True), state)
 
 
 def _block(n: int) -> int:

@@ -15,7 +15,15 @@ from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, 
 
 from jaxattn.consumers import triton_tiling
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.triton import KernelConfig, KeyLookup, TileArrays, ragged_attention
+from jaxattn_kernels.triton import (
+    KernelConfig,
+    KeyLookup,
+    SplitArrays,
+    TileArrays,
+    TileList,
+    VisibleRange,
+    ragged_attention,
+)
 
 pytestmark = pytest.mark.compile
 
@@ -35,10 +43,11 @@ class Case(NamedTuple):
     page_size: int | None = 16
     windowed: bool = False
     capped: bool = False
+    sinks: bool = False
 
     def __str__(self) -> str:
         paging = f"p{self.page_size}" if self.page_size else "packed"
-        options = "-window" * self.windowed + "-cap" * self.capped
+        options = "-window" * self.windowed + "-cap" * self.capped + "-sinks" * self.sinks
         return (
             f"{self.target.architecture}-g{self.group_size}-d{self.head_dim}-{self.dtype}-{paging}{options}"
         )
@@ -63,6 +72,7 @@ def every_pair() -> list[Case]:
             dtype=pick(("bfloat16", "float16", "float32"), i + 3 * j),
             windowed=pick((True, False), i + 4 * j),
             capped=pick((False, True), i + 5 * j),
+            sinks=pick((False, True), i + 6 * j),
         )
         for i in range(7)
         for j in range(7)
@@ -70,30 +80,43 @@ def every_pair() -> list[Case]:
 
 
 def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]:
-    """The kernels of a case: one for short queries (decode) and one for long ones (prefill)."""
+    """The kernels of a case: for short queries (decode), for merging their parts, for long ones (prefill)."""
 
     def ints(n: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct((n,), jnp.int32)
 
-    tokens, rows, pages, num_kv_heads = 1024, 16, 512, 4
+    tokens, rows, pages, num_kv_heads, units = 1024, 16, 512, 4, 640
     num_q_heads = num_kv_heads * case.group_size
     spec = AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=case.head_dim)
     tiling = triton_tiling(spec)
 
-    def attend(q, k, v, kv_start, kv_end, start, page_list, short, long):
+    def attend(q, k, v, visible, start, page_list, sinks, short, split, long):
         return ragged_attention(
-            q, k, v, kv_start, kv_end,
-            KeyLookup(start, page_list if case.page_size else None),
-            ((short, tiling.short_q), (long, tiling.long_q)),
-            page_size=case.page_size, scale=spec.softmax_scale, logits_soft_cap=30.0 if case.capped else None,
+            q, k, v, visible, KeyLookup(start, page_list if case.page_size else None),
+            (TileList(short, tiling.short_q, split), TileList(long, tiling.long_q, None)),
+            sinks=sinks if case.sinks else None, page_size=case.page_size, scale=spec.softmax_scale,
+            logits_soft_cap=30.0 if case.capped else None,
             windowed=case.windowed, interpret=False, config=config,
         )  # fmt: skip
 
     q = jax.ShapeDtypeStruct((tokens, num_q_heads, case.head_dim), case.dtype)
     k = jax.ShapeDtypeStruct((pages * (case.page_size or 16), num_kv_heads, case.head_dim), case.dtype)
     per_token, tiles = ints(tokens), TileArrays(*[ints(64)] * 5)
-    args = (q, k, k, per_token, per_token, ints(rows + 1), ints(pages), tiles, tiles)
-    return [k for k in compile_for(case.target, attend, *args) if k.name.startswith("ragged_attention")]
+    split = SplitArrays(ints(units), ints(units), ints(units), ints(64 + 1))
+    sinks: Any = jax.ShapeDtypeStruct((num_q_heads,), jnp.float32)
+    args = (
+        q,
+        k,
+        k,
+        VisibleRange(per_token, per_token),
+        ints(rows + 1),
+        ints(pages),
+        sinks,
+        tiles,
+        split,
+        tiles,
+    )
+    return [k for k in compile_for(case.target, attend, *args) if "_attention" in k.name]
 
 
 def stays_in_registers(kernel: Kernel) -> bool:
@@ -105,7 +128,7 @@ def stays_in_registers(kernel: Kernel) -> bool:
 @pytest.mark.parametrize("case", every_pair(), ids=str)
 def test_kernels_stay_in_registers(case):
     kernels = compile_case(case)
-    assert len(kernels) == 2
+    assert len(kernels) == 3
     assert [(k.name, k.registers, k.spilled) for k in kernels if not stays_in_registers(k)] == []
 
 
@@ -127,8 +150,10 @@ def test_too_much_shared_memory_is_refused():
     ids=lambda x: x.architecture if isinstance(x, Target) else x,
 )
 def test_main_configuration_uses_the_hardware(target, product):
-    short, long = sorted(compile_case(Case(target, group_size=4, head_dim=128)), key=lambda k: k.name)
-    assert (short.name, long.name) == ("ragged_attention_q16", "ragged_attention_q64")
+    kernels = {k.name: k for k in compile_case(Case(target, group_size=4, head_dim=128))}
+    assert kernels.keys() == {"merge_attention_q16", "ragged_attention_q16", "ragged_attention_q64"}
+    assert kernels["merge_attention_q16"].spilled == 0
+    short, long = kernels["ragged_attention_q16"], kernels["ragged_attention_q64"]
     assert "mma.sync" in short.ptx
     assert product in long.ptx
     for kernel in short, long:

@@ -6,6 +6,7 @@ a load from the wrong place cannot go unnoticed.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import jax
@@ -14,7 +15,16 @@ import numpy as np
 import pytest
 from tolerances import assert_as_good_as
 
-from jaxattn_kernels.triton import KernelConfig, KeyLookup, TileArrays, ragged_attention
+from jaxattn_kernels import triton as kernel
+from jaxattn_kernels.triton import (
+    KernelConfig,
+    KeyLookup,
+    SplitArrays,
+    TileArrays,
+    TileList,
+    VisibleRange,
+    ragged_attention,
+)
 
 # Blocks of 16 keys, so that short sequences have several.
 SMALL = KernelConfig(block_k=16, num_warps=4, num_stages=2)
@@ -32,6 +42,7 @@ class Step:
         first: `[T]` First visible key of each token.
         end: `[T]` One past the last.
         soft_cap: The cap on scores, or None.
+        sinks: `[N]` Logits of the sinks, or None.
     """
 
     q: np.ndarray
@@ -41,6 +52,7 @@ class Step:
     first: np.ndarray
     end: np.ndarray
     soft_cap: float | None = None
+    sinks: np.ndarray | None = None
 
     @property
     def scale(self) -> float:
@@ -109,31 +121,54 @@ def as_int32(values) -> jax.Array:
     return jnp.asarray(np.asarray(values), jnp.int32)
 
 
-def tile_arrays(tiles: list[tuple[int, ...]]) -> TileArrays:
-    return TileArrays(*(as_int32(column) for column in zip(*tiles, strict=True)))
+def tile_list(tiles: list[tuple[int, ...]], block_q: int, split_keys: int | None = None) -> TileList:
+    """Tiles as arrays, their keys split at multiples of `split_keys`, with two dead units at the end."""
+    arrays = TileArrays(*(as_int32(column) for column in zip(*tiles, strict=True)))
+    if split_keys is None:
+        return TileList(arrays, block_q, None)
+    units, indptr = [], [0]
+    for w, (*_, q_len, start, end) in enumerate(tiles):
+        cuts = [start, *range((start // split_keys + 1) * split_keys, end, split_keys), end]
+        units += [(w, *keys) for keys in itertools.pairwise(cuts)] if q_len else []
+        indptr.append(len(units))
+    dead = (len(tiles), 0, 0)
+    tile, kv_start, kv_end = zip(*units, dead, dead, strict=True)
+    return TileList(
+        arrays, block_q, SplitArrays(as_int32(tile), as_int32(kv_start), as_int32(kv_end), as_int32(indptr))
+    )
 
 
 def run(
     step: Step,
-    *tile_lists: tuple[list[tuple[int, ...]], int],
+    *tile_lists: tuple[list[tuple[int, ...]], int] | tuple[list[tuple[int, ...]], int, int],
     page_size: int | None = 8,
     windowed: bool = False,
     config: KernelConfig | None = SMALL,
     dtype: str = "float32",
 ) -> np.ndarray:
+    return run_with_lse(
+        step, *tile_lists, page_size=page_size, windowed=windowed, config=config, dtype=dtype
+    )[0]
+
+
+def run_with_lse(
+    step: Step, *tile_lists: tuple, page_size: int | None = 8, windowed: bool = False,
+    config: KernelConfig | None = SMALL, dtype: str = "float32",
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     k, v, lookup = lay_out(step, page_size)
     q, k, v = (jnp.asarray(x, dtype) for x in (step.q, k, v))
-    out = ragged_attention(
-        q, k, v, as_int32(step.first), as_int32(step.end), lookup,
-        tuple((tile_arrays(tiles), block_q) for tiles, block_q in tile_lists),
+    out, lse = ragged_attention(
+        q, k, v, VisibleRange(as_int32(step.first), as_int32(step.end)), lookup,
+        tuple(tile_list(*part) for part in tile_lists),
+        sinks=None if step.sinks is None else jnp.asarray(step.sinks),
         page_size=page_size, scale=step.scale, logits_soft_cap=step.soft_cap, windowed=windowed,
         interpret=True, config=config,
     )  # fmt: skip
-    return np.asarray(out, np.float64)
+    return np.asarray(out, np.float64), np.asarray(lse, np.float64)
 
 
-def attend_plainly(step: Step, dtype: str) -> np.ndarray:
-    """Attention from its definition, the products' operands rounded to `dtype`; `[tokens, N, H]`.
+def attend_plainly(step: Step, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Attention from its definition, the products' operands rounded to `dtype`: `[tokens, N, H]` and LSE.
 
     float64 makes it the oracle, any other dtype the measure of what that precision can do.
     """
@@ -142,7 +177,7 @@ def attend_plainly(step: Step, dtype: str) -> np.ndarray:
     def rounded(x: np.ndarray) -> np.ndarray:
         return np.asarray(x, wide) if dtype == "float64" else np.asarray(jnp.asarray(x, dtype), wide)
 
-    outputs = []
+    outputs, logarithms = [], []
     for seq in range(len(step.q_lens)):
         rows = step.tokens(seq)
         q = rounded(step.q[rows])
@@ -153,15 +188,21 @@ def attend_plainly(step: Step, dtype: str) -> np.ndarray:
             scores = np.tanh(scores / wide(step.soft_cap)) * wide(step.soft_cap)
         key = np.arange(len(k))
         sees = (step.first[rows, None] <= key) & (key < step.end[rows, None])
-        p = np.exp(scores - scores.max(-1, keepdims=True)) * sees[:, None, :]
+        largest = scores.max(-1, keepdims=True)
+        p = np.exp(scores - largest) * sees[:, None, :]
         total = p.sum(-1)[..., None]
+        if step.sinks is not None:
+            sink = np.exp(step.sinks.astype(wide)[:, None] - largest)
+            total = np.where(sees.any(-1)[:, None, None], total + sink, 0)
         outputs.append(rounded(np.einsum("qnk,knh->qnh", rounded(p), v) / np.where(total > 0, total, 1)))
-    return np.concatenate(outputs)
+        with np.errstate(divide="ignore"):
+            logarithms.append((largest + np.log(total))[..., 0])
+    return np.concatenate(outputs), np.concatenate(logarithms)
 
 
 def assert_correct(got: np.ndarray, step: Step, dtype: str = "float32") -> None:
     """Assert that the rows of the sequences are as good as plain computation in `dtype` makes them."""
-    plain, exact = attend_plainly(step, dtype), attend_plainly(step, "float64")
+    (plain, _), (exact, _) = attend_plainly(step, dtype), attend_plainly(step, "float64")
     assert_as_good_as(got[: len(exact)], plain, exact, jnp.dtype(dtype))
 
 
@@ -254,6 +295,79 @@ def test_a_tile_may_be_divided_among_programs(max_rows):
     step = causal_step((13, 1), (45, 33), num_q_heads=4, num_kv_heads=2, head_dim=32, window=20)
     config = replace(SMALL, max_rows=max_rows)
     assert_correct(run(step, (step.tiles(16), 16), windowed=True, config=config), step)
+
+
+def with_sinks(step: Step) -> Step:
+    """A sink per query head: some far below all scores, some far above."""
+    return replace(step, sinks=np.linspace(-20, 20, step.q.shape[1]).astype(np.float32))
+
+
+def assert_lse(got: np.ndarray, step: Step) -> None:
+    """Assert the logarithms of the sequences' rows, -inf where a row sees no key."""
+    (_, plain), (_, exact) = attend_plainly(step, "float32"), attend_plainly(step, "float64")
+    seen = np.isfinite(exact)
+    np.testing.assert_array_equal(got[: len(exact)][~seen], -np.inf)
+    assert_as_good_as(got[: len(exact)][seen], plain[seen], exact[seen], jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("split_keys", [None, 32])
+def test_sinks_and_lse(sinks, split_keys):
+    step = causal_step((3, 1, 2), (130, 33, 20), num_q_heads=6, num_kv_heads=2, head_dim=32)
+    step.end[1] = 0  # a row without keys has no sink either
+    step = with_sinks(step) if sinks else step
+    part = (step.tiles(4), 4) if split_keys is None else (step.tiles(4), 4, split_keys)
+    out, lse = run_with_lse(step, part)
+    assert_correct(out, step)
+    assert (out[1] == 0).all()
+    assert_lse(lse, step)
+
+
+@pytest.mark.parametrize("page_size", [8, 12, None])
+@pytest.mark.parametrize("window", [None, 70])
+def test_split_keys_are_merged(page_size, window):
+    """Tiles of one unit, of several, and of none; a window that begins amid a unit."""
+    step = causal_step(
+        (4, 1, 2), (131, 20, 97), num_q_heads=4, num_kv_heads=2, head_dim=32, window=window
+    )  # fmt: skip
+    padding, dead = (3, 7, 3, 0, 0), (0, 0, 0, 0, 0)
+    tiles = [*step.tiles(4), padding, dead]
+    out, lse = run_with_lse(step, (tiles, 4, 32), page_size=page_size, windowed=window is not None)
+    assert_correct(out, step)
+    assert_lse(lse, step)
+    np.testing.assert_array_equal(out[7:], 0)
+    np.testing.assert_array_equal(lse[7:], -np.inf)
+
+
+def test_a_unit_that_is_a_whole_tile_has_the_bits_of_an_unsplit_one():
+    step = with_sinks(causal_step((4, 1), (45, 33), num_q_heads=4, num_kv_heads=2, head_dim=32))
+    tiles = step.tiles(4)
+    np.testing.assert_array_equal(run(step, (tiles, 4, 64))[:5], run(step, (tiles, 4))[:5])
+
+
+def test_a_tile_split_among_units_and_programs():
+    step = causal_step((13, 1), (45, 33), num_q_heads=4, num_kv_heads=2, head_dim=32, window=20)
+    config = replace(SMALL, max_rows=16)
+    assert_correct(run(step, (step.tiles(16), 16, 16), windowed=True, config=config), step)
+
+
+@pytest.mark.parametrize("max_programs", [1, 5])
+def test_a_program_may_serve_several_units(monkeypatch, max_programs):
+    step = with_sinks(causal_step((9, 1, 1), (45, 33, 70), num_q_heads=4, num_kv_heads=2, head_dim=32))
+    parts = (step.tiles(4)[3:], 4, 32), (step.tiles(4)[:3], 4)
+    expected = run_with_lse(step, *parts)
+    monkeypatch.setattr(kernel, "MAX_PROGRAMS", max_programs)
+    for got, before in zip(run_with_lse(step, *parts), expected, strict=True):
+        np.testing.assert_array_equal(got[:11], before[:11])
+
+
+def test_lists_with_and_without_split_write_into_one_result():
+    step = causal_step((9, 1, 1), (45, 33, 70), num_q_heads=4, num_kv_heads=2, head_dim=32)
+    tiles = step.tiles(4)
+    for order in ((tiles[3:], 4, 32), (tiles[:3], 4)), ((tiles[:3], 4), (tiles[3:], 4, 32)):
+        out, lse = run_with_lse(step, *order)
+        assert_correct(out, step)
+        assert_lse(lse, step)
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])

@@ -19,7 +19,14 @@ from jaxattn.batch import abstract_batch
 from jaxattn.buckets import Bucket
 from jaxattn.metadata import prepare_metadata
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.triton import KernelConfig, KeyLookup, TileArrays, ragged_attention
+from jaxattn_kernels.triton import (
+    KernelConfig,
+    KeyLookup,
+    TileArrays,
+    TileList,
+    VisibleRange,
+    ragged_attention,
+)
 
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
 PREFILL = Bucket(tokens=256, seqs=8, pages=64)
@@ -46,26 +53,33 @@ def attention_program(spec: AttentionSpec, bucket: Bucket, page_size: int | None
     place = (bucket.tokens,) if page_size is None else (bucket.pages, page_size)
     k = jax.ShapeDtypeStruct((*place, spec.num_kv_heads, spec.head_dim), dtype)
 
+    sinks = jnp.zeros(spec.num_q_heads) if spec.sinks else None
+
     def attend(q, k, v, batch):
-        return attention(q, k, v, prepare_metadata(batch, spec), spec, implementation="triton")
+        metadata = prepare_metadata(batch, spec)
+        return attention(q, k, v, metadata, spec, sinks=sinks, implementation="triton")
 
     return attend, q, k, k, abstract_batch(bucket, page_size)
 
 
-@pytest.mark.parametrize(("bucket", "launches"), [(PREFILL, 2), (DECODE, 1)], ids=["prefill", "decode"])
+@pytest.mark.parametrize("bucket", [PREFILL, DECODE], ids=["prefill", "decode"])
 @pytest.mark.parametrize(
-    ("spec", "page_size", "dtype"),
+    ("spec", "page_size", "dtype", "is_split"),
     [
-        (AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128), 16, "bfloat16"),
-        (AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=80, sliding_window=100), 12, "float16"),
-        (AttentionSpec(num_q_heads=32, num_kv_heads=1, head_dim=256, logits_soft_cap=30.0), 128, "float32"),
-        (AttentionSpec(num_q_heads=4, num_kv_heads=4, head_dim=16, causal=False), None, "bfloat16"),
+        (AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128), 16, "bfloat16", True),
+        (AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=80, sliding_window=100), 12, "float16", False),
+        (
+            AttentionSpec(num_q_heads=32, num_kv_heads=1, head_dim=256, logits_soft_cap=30.0, sinks=True),
+            128, "float32", True,
+        ),
+        (AttentionSpec(num_q_heads=4, num_kv_heads=4, head_dim=16, causal=False), None, "bfloat16", True),
     ],
-    ids=["gqa", "window", "mqa-cap", "packed"],
-)
-def test_exports_one_kernel_for_each_tile_list(spec, page_size, dtype, bucket, launches):
+    ids=["gqa", "window", "mqa-cap-sinks", "packed"],
+)  # fmt: skip
+def test_exports_a_kernel_for_each_tile_list_and_each_merge(spec, page_size, dtype, is_split, bucket):
     module = export_for_cuda(*attention_program(spec, bucket, page_size, dtype))
-    assert module.count(f"@{plgpu.CUSTOM_CALL_TARGET_NAME}(") == launches
+    lists = 1 if bucket.max_q_len == 1 else 2
+    assert module.count(f"@{plgpu.CUSTOM_CALL_TARGET_NAME}(") == lists + is_split
 
 
 @pytest.mark.parametrize(
@@ -84,7 +98,7 @@ def test_a_block_that_is_no_power_of_two_does_not_lower():
 
     def attend(q, k, per_token, start, tiles):
         return ragged_attention(
-            q, k, k, per_token, per_token, KeyLookup(start, None), ((tiles, 4),),
+            q, k, k, VisibleRange(per_token, per_token), KeyLookup(start, None), (TileList(tiles, 4, None),),
             page_size=None, scale=1.0, logits_soft_cap=None, windowed=False, interpret=False,
             config=KernelConfig(block_k=48, num_warps=4, num_stages=2),
         )  # fmt: skip
