@@ -323,6 +323,20 @@ def test_refuses_sequences(sequences, options, message):
         nest_sequences(sequences, **options)
 
 
+def test_without_a_vocabulary_a_token_may_be_any_int32():
+    batch = nest_sequences([[0, INT32_MAX]], bucket=BUCKET)
+    np.testing.assert_array_equal(batch.token_ids[:2], [0, INT32_MAX])
+    with pytest.raises(ValueError, match=r"sequences\[0\]\[1\]=2147483648 is a token id outside the range"):
+        nest_sequences([[0, INT32_MAX + 1]], bucket=BUCKET)
+
+
+def test_batches_are_immutable():
+    batch = nest_sequences(SEQUENCES, bucket=BUCKET)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.page_size = 4  # pyright: ignore[reportAttributeAccessIssue]
+    assert not hasattr(batch, "__dict__")
+
+
 def test_refuses_one_flat_list():
     with pytest.raises(TypeError, match="sequences must hold one list or 1-D array per sequence"):
         nest_sequences([1, 2, 3])
