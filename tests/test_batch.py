@@ -128,7 +128,7 @@ def test_refuses_phases(is_decode, error, message):
     [
         ([0, 1], "state_slots has 2 entries for 3 sequences"),
         ([0, -1, 2], r"state_slots\[1\]=-1 must lie between 0"),
-        ([0, 1, 2**31 - 1], r"state_slots\[2\]=2147483647 must lie between"),
+        ([0, 1, 2**31 - 1], r"state_slots\[2\]=2147483647 must lie between 0 and 2147483646"),
         ([4, 1, 4], "state_slots names slot 4 twice"),
         ([2**30, 1, 2**30], "state_slots names slot 1073741824 twice"),
     ],
@@ -136,6 +136,12 @@ def test_refuses_phases(is_decode, error, message):
 def test_refuses_state_slots(slots, message):
     with pytest.raises(ValueError, match=message):
         nest_sequences(SEQUENCES, state_slots=slots, bucket=BUCKET)
+
+
+@pytest.mark.parametrize("name", ["page_size", "num_pages", "vocab_size"])
+def test_refuses_sizes_that_are_no_integers(name):
+    with pytest.raises(TypeError, match=f"{name}=True must be an int, or None"):
+        nest_sequences(SEQUENCES, **{**PAGED, name: True}, bucket=BUCKET)
 
 
 WIDE = Bucket(tokens=12, seqs=4, pages=9)
@@ -226,8 +232,9 @@ def test_a_nested_batch_passes_the_check(bucket):
     CHECK[False](step)[0].throw()
 
 
-def test_the_check_allows_shared_prefixes_only_where_asked():
-    batch = nest_sequences([[1]] * 3, **SHARED, share_prefixes=True, bucket=WIDE)
+@pytest.mark.parametrize("bucket", [WIDE, Bucket(tokens=3, seqs=3, pages=9)])
+def test_the_check_allows_shared_prefixes_only_where_asked(bucket):
+    batch = nest_sequences([[1]] * 3, **SHARED, share_prefixes=True, bucket=bucket)
     CHECK[True](batch)[0].throw()
     with pytest.raises(checkify.JaxRuntimeError, match="gives a page to two sequences"):
         CHECK[False](batch)[0].throw()
@@ -241,6 +248,7 @@ def test_the_check_allows_shared_prefixes_only_where_asked():
         ("cu_q_lens", [0, 3, 2, 6, 6], "must begin with 0, never decrease"),
         ("cu_q_lens", [1, 3, 4, 6, 6], "must begin with 0"),
         ("cu_q_lens", [0, 3, 4, 13, 13], "at or before bucket.tokens=12"),
+        ("cu_q_lens", [0, 3, 4, 6, 13], "at or before bucket.tokens=12"),
         ("kv_lens", [5, 1, 1, 0], "kv_lens=.* must count this step's tokens too"),
         ("kv_lens", [5, 1, 9, 0], "too few pages for kv_lens"),
         ("token_ids", [-1] * 12, "token_ids=.* must not be negative"),
@@ -313,6 +321,20 @@ def test_picks_the_smallest_bucket():
 def test_refuses_sequences(sequences, options, message):
     with pytest.raises(ValueError, match=message):
         nest_sequences(sequences, **options)
+
+
+def test_without_a_vocabulary_a_token_may_be_any_int32():
+    batch = nest_sequences([[0, INT32_MAX]], bucket=BUCKET)
+    np.testing.assert_array_equal(batch.token_ids[:2], [0, INT32_MAX])
+    with pytest.raises(ValueError, match=r"sequences\[0\]\[1\]=2147483648 is a token id outside the range"):
+        nest_sequences([[0, INT32_MAX + 1]], bucket=BUCKET)
+
+
+def test_batches_are_immutable():
+    batch = nest_sequences(SEQUENCES, bucket=BUCKET)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.page_size = 4  # pyright: ignore[reportAttributeAccessIssue]
+    assert not hasattr(batch, "__dict__")
 
 
 def test_refuses_one_flat_list():
