@@ -53,6 +53,7 @@ def covering_selection() -> list[tuple]:
 
 # Long enough for several key blocks of every implementation.
 LONG = Workload("long", (1, 130, 3), (1299, 513, 600), "several key blocks")
+LONG_DECODE = Workload("long decode", (1, 1, 1, 1), (1299, 511, 512, 30), "split keys")
 
 
 def make_spec(heads: str, window: int | None, soft_cap: float | None, head_dim: int) -> AttentionSpec:
@@ -74,7 +75,7 @@ def compiled_attention(spec: AttentionSpec, implementation: str):
 def run_paged(problem: Problem, spec: AttentionSpec, page_size: int, implementation: str, dtype="float32"):
     """The real rows of paged attention, and the padding rows, as float64."""
     num_pages = (
-        2600 if problem.workload is LONG else 384
+        384 if problem.workload in ODD else 2600
     ) // page_size + 8  # one bucket for all ODD workloads
     tables, k_pages, v_pages = problem.pages(page_size, num_pages=num_pages)
     bucket = Bucket(tokens=160, seqs=8, pages=num_pages)
@@ -121,8 +122,9 @@ def test_many_key_blocks(window, page_size, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
-@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (7, 5.0), (600, None)])
-@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "has_sinks"), [(None, None, True), (7, 5.0, False), (600, 5.0, True)]
+)
 def test_sinks_and_lse(window, soft_cap, has_sinks, implementation):
     """Over one key block and over several, split keys among them; padding has no denominator."""
     spec = dataclasses.replace(make_spec("gqa", window, soft_cap, 64), sinks=has_sinks)
@@ -281,13 +283,28 @@ def test_a_larger_bucket_changes_no_bit(implementation):
         np.testing.assert_array_equal(outs[0], outs[2])
 
 
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("window", [None, 700])
+def test_the_others_change_no_bit_of_a_long_sequence(window, implementation):
+    """Law 8 where keys are split: the pieces are those of the sequence's own length."""
+    spec = make_spec("gqa", window, None, 64)
+    problem = Problem.draw(LONG_DECODE, spec)
+    together, _ = run_paged(problem, spec, 16, implementation)
+    for i, (q, k, v) in enumerate(zip(problem.q, problem.k, problem.v, strict=True)):
+        workload = Workload("alone", (1,), (LONG_DECODE.context_lens[i],), "")
+        alone, _ = run_paged(Problem(workload, [q], [k], [v]), spec, 16, implementation)
+        np.testing.assert_array_equal(alone[0], together[i])
+
+
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
-def test_decode_bucket_equals_general_bucket(implementation):
+@pytest.mark.parametrize("workload", [ODD[2], LONG_DECODE], ids=lambda w: w.name)
+def test_decode_bucket_equals_general_bucket(workload, implementation):
     spec = make_spec("gqa", None, None, 64)
-    problem = Problem.draw(ODD[2], spec)
+    problem = Problem.draw(workload, spec)
     tables, k_pages, v_pages = problem.pages(16)
+    num_pages = len(k_pages)
     outs = []
-    for bucket in (Bucket(8, 8, 32, max_q_len=1), Bucket(8, 8, 32)):
+    for bucket in (Bucket(8, 8, num_pages, max_q_len=1), Bucket(8, 8, num_pages)):
         batch = nest_workload(problem.workload, page_tables=tables, page_size=16, bucket=bucket)
         q = problem.packed(problem.q, bucket.tokens)
         run = compiled_attention(spec, implementation)
@@ -297,7 +314,7 @@ def test_decode_bucket_equals_general_bucket(implementation):
             )
         )
     np.testing.assert_array_equal(*outs)
-    np.testing.assert_array_equal(outs[0][5:], 0)
+    np.testing.assert_array_equal(outs[0][len(workload.q_lens) :], 0)
 
 
 class TestValidation:

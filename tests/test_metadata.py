@@ -421,13 +421,26 @@ def test_a_decode_bucket_has_no_long_list_and_a_tile_per_token():
         assert schedule.short.q_len.shape == (8,)
 
 
-def test_wide_groups_have_one_list():
-    spec = AttentionSpec(num_q_heads=128, num_kv_heads=1, head_dim=16)
-    assert triton_tiling(spec) == Tiling(1, 1)
+@pytest.mark.parametrize(
+    ("num_q_heads", "window", "tiling"),
+    [
+        (8, None, Tiling(2, 8, 512)),
+        (1, None, Tiling(16, 64, 512)),
+        (128, None, Tiling(1, 2, 512)),  # however wide a group: one token, or more than one
+        (8, 511, Tiling(2, 8, None)),  # all that the two tokens see fits one unit
+        (8, 512, Tiling(2, 8, 512)),
+    ],
+)
+def test_tiles_of_the_tensor_cores(num_q_heads, window, tiling):
+    spec = AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=1, head_dim=16, sliding_window=window)
+    assert triton_tiling(spec) == tiling
+
+
+def test_without_longer_tiles_there_is_one_list():
     batch = nest_sequences([[1] * 9], bucket=Bucket(16, 2))
-    (visible,) = prepare_metadata(batch, spec, consumers="triton").visible
-    assert visible.schedules[0].long is None
-    assert int(visible.schedules[0].short.num_live) == 16
+    schedule = schedule_of(batch, Tiling(1, 1))
+    assert schedule.long is None
+    assert int(schedule.short.num_live) == 16
 
 
 def test_equal_window_classes_are_shared():
@@ -441,7 +454,7 @@ def test_equal_window_classes_are_shared():
     assert [v.window_class for v in m.visible] == [WindowClass(), WindowClass(sliding_window=3)]
     more = prepare_metadata(batch, [*specs, AttentionSpec(**HEADS, sliding_window=5)])
     added = len(jax.tree.leaves(more)) - len(jax.tree.leaves(m))
-    assert added == len(jax.tree.leaves(m.visible[0]))  # a class adds its ranges and schedules, nothing else
+    assert added == len(jax.tree.leaves(m.visible[1]))  # a class adds its ranges and schedules, nothing else
 
 
 def test_unpaged_batches_have_no_slots():
