@@ -44,8 +44,8 @@ def xla_tiling(spec: AttentionSpec) -> Tiling:
 
 TRITON_SPLIT_KEYS = 512
 """Keys of a decode tile that one program attends to. A constant, not a share of the batch's keys: so a
-sequence's bits do not depend on what else is in the batch, and the results that are merged are less than
-one percent of the keys and values that are read."""
+sequence's bits do not depend on what else is in the batch. The results that are merged are one or two
+percent of the keys and values that are read."""
 
 
 def triton_tiling(spec: AttentionSpec) -> Tiling:
