@@ -278,6 +278,12 @@ def test_the_check_knows_what_int32_can_number(num_pages):
         check(corrupted(batch, "page_list", [7, limit, 0, 4, 5, 0, 0, 0]))[0].throw()
 
 
+def test_the_check_sees_the_last_pages_of_a_full_batch():
+    batch = nest_sequences(SEQUENCES, **PAGED, bucket=Bucket(tokens=6, seqs=3, pages=5))
+    with pytest.raises(checkify.JaxRuntimeError, match="must lie below 8"):
+        CHECK[False](corrupted(batch, "page_list", [7, 2, 0, 4, 8]))[0].throw()
+
+
 def test_the_check_knows_the_longest_query():
     batch = nest_sequences(
         [[1]] * 2, page_tables=[[0], [1]], page_size=4, bucket=Bucket(4, 4, 8, max_q_len=1)

@@ -320,18 +320,18 @@ def test_every_token_stands_in_one_tile(case):
             np.testing.assert_array_equal(covered, 1)
 
 
+@pytest.mark.parametrize("bucket", [Bucket(8, 8, 16, max_q_len=1), Bucket(13, 8, 16, max_q_len=1)])
 @given(st.integers(1, 8), st.lists(st.booleans(), min_size=8, max_size=8), st.sampled_from([1, 3, 4, 20]))
-def test_every_token_of_a_decode_step_stands_in_one_tile(n, goes_on, short_q):
+def test_every_token_of_a_decode_step_stands_in_one_tile(bucket, n, goes_on, short_q):
     """The same where tiles are not searched for, with rows that are quiet."""
-    bucket = Bucket(8, 8, 16, max_q_len=1)
     pages = {"page_tables": np.arange(n)[:, None], "page_size": 16}
     batch = nest_sequences([[1]] * n, context_lens=[*range(1, n + 1)], **pages, bucket=bucket)
-    batch = advance(batch, jnp.zeros(8, jnp.int32), q_lens=jnp.array(goes_on, jnp.int32))
+    batch = advance(batch, jnp.zeros(8, jnp.int32), q_lens=jnp.array(goes_on, jnp.int32), bucket=bucket)
     consumer = Consumer("c", frozenset(), DECODE_TILINGS[short_q])
     m = prepare_metadata(batch, SPECS[1], consumers=consumer, fields=("token_to_seq", "schedules", *RANGES))
     (visible,) = m.visible
     (schedule,) = visible.schedules
-    covered = np.zeros(8, int)
+    covered = np.zeros(bucket.tokens, int)
     check_tiles(m, visible, schedule.short, covered)
     np.testing.assert_array_equal(covered, 1)
     assert schedule.long is None
