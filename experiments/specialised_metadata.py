@@ -176,14 +176,14 @@ def _tile_lists(
     }
 
 
-def _units(batch: RaggedBatch, tiles: Arrays, tiling: Tiling, window: WindowClass) -> Arrays:
+def _units(batch: RaggedBatch, tiles: Arrays, tiling: Tiling, window: Visibility) -> Arrays:
     """The keys of short tiles in pieces of `split_keys`, each a unit of its own."""
     size, W, tokens = tiling.split_keys, tiles["seq"].shape[0], tiling.short_q
     assert size is not None
     keys = batch.bucket.tokens if batch.page_size is None else batch.bucket.pages * batch.page_size
     U = W + keys // size
-    if window.sliding_window is not None:
-        U = min(U, W * ((window.sliding_window + tokens - 3) // size + 2))
+    if window.span is not None:
+        U = min(U, W * ((window.span + tokens - 3) // size + 2))
     first = tiles["kv_start"] // size
     counts = jnp.maximum((tiles["kv_end"] + size - 1) // size - first, 1)
     ends = jnp.cumsum(jnp.where(tiles["q_len"] > 0, counts, 0), dtype=jnp.int32)

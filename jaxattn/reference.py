@@ -65,12 +65,12 @@ def attend(
     # A finite minimum, not -inf: a padding token sees nothing, and -inf - -inf is NaN.
     scores = jnp.where(sees, scores, jnp.finfo(dtype).min)
     row_max = scores.max(axis=-1, keepdims=True)
-    if sinks is not None:
-        sink = sinks.astype(dtype).reshape(spec.num_kv_heads, spec.group_size, 1, 1)
+    sink = None if sinks is None else sinks.astype(dtype).reshape(spec.num_kv_heads, spec.group_size, 1, 1)
+    if sink is not None:
         row_max = jnp.maximum(row_max, sink)
     weights = jnp.where(sees, jnp.exp(scores - row_max), 0)
     total = weights.sum(axis=-1, keepdims=True)
-    if sinks is not None:
+    if sink is not None:  # a token that sees no key has no sink either
         total = jnp.where(sees.any(axis=-1, keepdims=True), total + jnp.exp(sink - row_max), 0)
     seen = total > 0
     total = jnp.where(seen, total, 1)

@@ -246,7 +246,9 @@ def _attend_list(
     block_q = max(1, min(tile_q, config.max_rows // (N // K)))
     shape = _Shape(T, N, K, H, tile_q, block_q, config.block_k)
 
-    def launch(kernel: Callable, units: int, inputs: tuple, outputs: tuple, done: Attended | None) -> tuple:
+    def launch(
+        kernel: functools.partial, units: int, inputs: tuple, outputs: tuple, done: Attended | None
+    ) -> tuple:
         programs = units * shape.programs_per_unit
         in_place = range(len(jax.tree.leaves(done)))
         before = len(jax.tree.leaves(inputs))
@@ -264,8 +266,9 @@ def _attend_list(
         )(*inputs, done)
 
     def abstract(rows: int, dtype: Any) -> Attended:
+        out: Any = jax.ShapeDtypeStruct((rows, N, H), dtype)
         lse: Any = jax.ShapeDtypeStruct((rows, N), jnp.float32)
-        return Attended(jax.ShapeDtypeStruct((rows, N, H), dtype), lse)
+        return Attended(out, lse)
 
     num_tiles = tiles.seq.shape[0]
     num_units = num_tiles if split is None else split.tile.shape[0]
@@ -432,7 +435,7 @@ def _mask(rows_ok: jax.Array, shape: _Shape) -> jax.Array:
     return jnp.broadcast_to(mask, (rows_ok.shape[0], shape.head_block))
 
 
-def _store(refs: Attended, place, is_stored, rows: _Rows, out, lse, shape: _Shape) -> None:
+def _store(refs: Any, place, is_stored, rows: _Rows, out, lse, shape: _Shape) -> None:
     """Write outputs to rows `place` of `refs`, which lie out of bounds where they are not stored."""
     d = jnp.arange(shape.head_block, dtype=jnp.int32)
     where = refs.out.at[place[:, None], rows.q_head[:, None], d[None, :]]
