@@ -214,8 +214,8 @@ def test_packing_fields_on_the_device():
 
 
 CHECK = {
-    shared: jax.jit(checkify.checkify(functools.partial(check_batch, num_pages=8, share_prefixes=shared)))
-    for shared in (False, True)
+    shared: jax.jit(checkify.checkify(functools.partial(check_batch, num_pages=8, **options)))
+    for shared, options in ((False, {}), (True, {"share_prefixes": True}))
 }
 
 
@@ -256,6 +256,7 @@ def test_the_check_allows_shared_prefixes_only_where_asked(bucket):
         ("state_slots", [-3, 0, 1, 0], "state_slots=.* must be distinct, not negative"),
         ("page_indptr", [0, 2, 1, 5, 5], "page_indptr=.* must begin with 0, never decrease"),
         ("page_indptr", [0, 2, 3, 9, 9], "at or before bucket.pages=8"),
+        ("page_indptr", [0, 2, 3, 5, 9], "at or before bucket.pages=8"),
         ("page_list", [7, 8, 0, 4, 5, 0, 0, 0], "page_list=.* must lie below 8"),
         ("page_list", [7, -2, 0, 4, 5, 0, 0, 0], "page_list=.* must lie below 8"),
         ("page_list", [7, 2, 0, 4, 7, 0, 0, 0], "gives a page to two sequences"),
@@ -302,8 +303,8 @@ def test_picks_the_smallest_bucket():
     [
         ([], {}, "sequences is empty"),
         (np.empty((0, 3), int), {}, "sequences is empty"),
-        ([[1], []], {}, r"sequences\[1\] has length 0"),
-        ([[1], np.array([])], {}, r"sequences\[1\] has length 0"),
+        ([[1], []], {}, r"sequences\[1\] has length 0; every sequence needs"),
+        ([[1], np.array([])], {}, r"sequences\[1\] has length 0; every sequence needs"),
         (
             [[1, 2], [3, 11]],
             {"vocab_size": 11},

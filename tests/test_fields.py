@@ -139,6 +139,8 @@ def test_metadata_are_immutable():
         setattr(everything(), "page_size", 3)  # noqa: B010
     with pytest.raises(AttributeError):
         setattr(everything(), "positions", 3)  # noqa: B010
+    with pytest.raises(TypeError, match="takes 1 positional argument"):
+        AttentionMetadata({}, BATCH.bucket, None)  # pyright: ignore[reportCallIssue]
 
 
 def test_unknown_table():

@@ -175,7 +175,7 @@ class TestValidation:
 
     def test_a_sequence_without_tokens_is_refused(self):
         """AutoDeploy, hazard 4: last page length of a full page, gather index -1."""
-        with pytest.raises(ValueError, match=r"sequences\[1\] has length 0"):
+        with pytest.raises(ValueError, match=r"sequences\[1\] has length 0; every sequence needs"):
             nest([[1], []])
 
     def test_a_row_without_new_tokens_is_safe_to_gather(self):

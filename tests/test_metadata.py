@@ -392,6 +392,8 @@ def test_schedules_are_immutable(kind):
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(instance, first, None)
     assert not hasattr(instance, "__dict__")
+    with pytest.raises(TypeError, match="takes 1 positional argument"):
+        kind(None)
 
 
 def test_short_and_long_queries_stand_in_their_own_lists():
