@@ -1,0 +1,75 @@
+"""The GPU harness where there is no GPU: its counts, and that it finds a kernel that is wrong."""
+
+import gpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn.cases import ODD, Workload
+
+OPTIONS = {
+    "group": 2,
+    "head_dim": 64,
+    "page_size": 16,
+    "dtype": "bfloat16",
+    "sliding_window": None,
+    "logits_soft_cap": None,
+    "sinks": True,
+    "causal": True,
+}
+
+
+def test_a_right_kernel_passes():
+    results = list(gpu.check_options(OPTIONS, (ODD[2],)))
+    assert len(results) == len(gpu.KERNELS)
+    assert all(result["ok"] for result in results)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_wrong_kernel_fails(monkeypatch, part):
+    right = gpu.attend
+
+    def wrong(problem, spec, implementation):
+        results = list(right(problem, spec, implementation))
+        if implementation in gpu.KERNELS:
+            results[part] = results[part].at[3].multiply(1.1)
+        return tuple(results)
+
+    monkeypatch.setattr(gpu, "attend", wrong)
+    assert not any(result["ok"] for result in gpu.check_options(OPTIONS, (ODD[2],)))
+
+
+def test_options_are_sampled_without_repeats():
+    sample = gpu.sample_options(200)
+    assert len({tuple(options.items()) for options in sample}) == 200
+    for name, values in gpu.OPTIONS.items():
+        assert {options[name] for options in sample} == set(values)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (5, True), (None, False)])
+def test_pairs_and_bytes(window, causal):
+    workload = Workload("w", (3, 1, 9), (4, 20, 0), "")
+    case = gpu.SpeedCase("c", workload, sliding_window=window, causal=causal)
+    pairs, keys = 0, 0
+    for q_len, kv_len in zip(workload.q_lens, workload.kv_lens, strict=True):
+        position, key = np.arange(kv_len - q_len, kv_len)[:, None], np.arange(kv_len)
+        sees = (key <= position) | (not causal)
+        if window is not None:
+            sees &= key > position - window
+        pairs += sees.sum()
+        keys += sees.any(axis=0).sum()
+    assert gpu.pairs_of(case) == pairs
+    assert gpu.bytes_of(case) == 2 * 128 * (2 * keys * 8 + 2 * 13 * 32)
+
+
+def test_every_case_has_the_smallest_bucket():
+    names = [case.name for case in gpu.speed_cases()]
+    assert len(set(names)) == len(names)
+    for case in gpu.speed_cases():
+        assert gpu.bucket_of(case).tokens == sum(case.workload.q_lens)
+
+
+def test_what_no_sequence_owns_is_poisoned():
+    case = gpu.quick_cases()[0]
+    problem = gpu.draw(case.workload, case.spec, 16, "float32", gpu.bucket_of(case))
+    assert int(jnp.isnan(problem.k[..., 0, 0]).sum()) == problem.k.shape[0] * 16 - 2 * 600
