@@ -152,16 +152,16 @@ def check_options(options: dict[str, Any], workloads: tuple[Workload, ...]) -> I
                 continue
             got = [np.asarray(x, np.float64) for x in outputs]
             shares = {
-                "out": worst_share(got[0][:n], plain[0][:n], exact[0][:n], dtype),
+                "out": worst_share(*(x[0][:n] for x in (got, plain, exact)), dtype=dtype),
                 # Logarithms are summed in float32, and all of one size.
-                "lse": worst_share(*(x[1][:n].reshape(1, -1) for x in (got, plain, exact)), "float32"),
+                "lse": worst_share(*(x[1][:n].reshape(1, -1) for x in (got, plain, exact)), dtype="float32"),
             }
             padding = bool((got[0][n:] == 0).all() and np.isneginf(got[1][n:]).all())
             is_right = padding and all(share <= 1 for share in shares.values())  # NaN is not
             yield result | {"error_over_bound": shares, "padding": padding, "ok": is_right}
 
 
-def worst_share(got: np.ndarray, plain: np.ndarray, exact: np.ndarray, dtype: str) -> float:
+def worst_share(got: np.ndarray, plain: np.ndarray, exact: np.ndarray, *, dtype: str) -> float:
     """The largest error of a row over what is allowed there; rows lie along the last axis.
 
     Row by row, since a token with few keys has outputs many times as large as one with thousands.

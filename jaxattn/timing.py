@@ -64,8 +64,8 @@ def _device_times(program: Callable[..., Any], args: tuple, repeats: int) -> tup
         return None
     if milliseconds is None:  # nothing ran on the device
         return None
-    each = [milliseconds] if repeats == 1 else milliseconds
-    return tuple(1e-3 * float(value) for value in each)
+    each = milliseconds if isinstance(milliseconds, list) else [milliseconds]  # of one run, a number
+    return tuple(1e-3 * value for value in each)
 
 
 def _host_time(program: Callable[..., Any], args: tuple) -> float:
