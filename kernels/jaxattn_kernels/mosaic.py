@@ -64,7 +64,7 @@ def config_for(*, num_consumers: int, head_dim: int) -> KernelConfig:
         head_dim: Size of a head.
     """
     if head_dim > 128:
-        return KernelConfig(block_k=64 if num_consumers == 1 else 32, num_stages=2)
+        return KernelConfig(block_k=64, num_stages=2)
     if num_consumers == 1:
         return KernelConfig(block_k=64, num_stages=4)
     return KernelConfig(block_k=128, num_stages=2)
@@ -199,9 +199,11 @@ class _Program:
         return tokens_per_consumer(self.group_size)
 
     @property
-    def staged_tokens(self) -> int:
-        """As many tokens as have all rows of a consumer, those included that no token fills."""
-        return pl.cdiv(ROWS, self.group_size)
+    def rows_shape(self) -> tuple[int, ...]:
+        """Of a consumer's plain rows; the simulator cannot view them as tokens, and is given tokens."""
+        if self.interpreted:
+            return pl.cdiv(ROWS, self.group_size), self.group_size, self.head_dim
+        return ROWS, self.head_dim
 
     @property
     def copy_rows(self) -> int:
@@ -248,8 +250,7 @@ class _Smem(NamedTuple):
     therefore arrive, and outputs leave, in plain rows.
     """
 
-    rows: Any  # [consumers, staged_tokens, G, H], plain
-    q: Any  # [consumers, ROWS, H], tiled
+    rows_or_q: Any  # two references to one memory: [consumers, ROWS, H], plain and tiled
     k: Any  # [num_stages, block_k, H], tiled
     v: Any  # [num_stages, block_k, H], tiled
     p: Any  # [consumers, ROWS, block_k] for the simulator, or None
@@ -277,9 +278,13 @@ def _launch(program: _Program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref
 
     tiled = (plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)), plgpu.SwizzleTransform(128))
     blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), q.dtype, transforms=tiled)
+    # Each consumer has its own part of both. The simulator sees a union as one piece, hence races in it.
+    rows_or_q = (
+        plgpu.SMEM((consumers, *program.rows_shape), q.dtype),
+        plgpu.SMEM((consumers, ROWS, H), q.dtype, transforms=tiled),
+    )
     smem = _Smem(
-        rows=plgpu.SMEM((consumers, program.staged_tokens, program.group_size, H), q.dtype),
-        q=plgpu.SMEM((consumers, ROWS, H), q.dtype, transforms=tiled),
+        rows_or_q=rows_or_q if program.interpreted else plgpu.RefUnion(*rows_or_q),
         k=blocks,
         v=blocks,
         p=plgpu.SMEM((consumers, ROWS, sizes.block_k), q.dtype) if program.interpreted else None,
@@ -317,11 +322,15 @@ def _plan(program: _Program, kv_start, kv_end, lookup, tiles):
         sees none.
     """
     block_k, G = program.sizes.block_k, program.group_size
-    row = jnp.arange(ROWS, dtype=jnp.int32)
-    consumer = jnp.arange(program.num_consumers, dtype=jnp.int32)[:, None]
+
+    def per_row(tile_values):
+        return tile_values[:, None, None]
+
+    consumer = jnp.arange(program.num_consumers, dtype=jnp.int32)[None, :, None]
+    row = jnp.arange(ROWS, dtype=jnp.int32)[None, None, :]
     token = consumer * program.tokens + row // G  # of each row, in its tile
-    live = (row < program.tokens * G) & (token < tiles.q_len[:, None, None])
-    place = tiles.q_start[:, None, None] + token
+    live = (row < program.tokens * G) & (token < per_row(tiles.q_len))
+    place = per_row(tiles.q_start) + token
     row_start = jnp.where(live, kv_start.at[place].get(mode="clip"), 0)
     row_end = jnp.where(live, kv_end.at[place].get(mode="clip"), 0)
     first, end, key_base = tiles.kv_start, tiles.kv_end, lookup.start[tiles.seq]
@@ -329,11 +338,11 @@ def _plan(program: _Program, kv_start, kv_end, lookup, tiles):
         # Key 0 of what the program reads lies at a multiple of eight.
         shift = key_base % TILE_ROWS
         first, end, key_base = first + shift, end + shift, key_base - shift
-        row_start += jnp.where(live, shift[:, None, None], 0)
-        row_end += jnp.where(live, shift[:, None, None], 0)
+        row_start += jnp.where(live, per_row(shift), 0)
+        row_end += jnp.where(live, per_row(shift), 0)
     begin = first // block_k
     stop = jnp.where(end > first, (end + (block_k - 1)) // block_k, begin)
-    least_end = jnp.where(live, row_end, end[:, None, None]).min(axis=(1, 2))
+    least_end = jnp.where(live, row_end, per_row(end)).min(axis=(1, 2))
     plan = _Tile(
         q_start=tiles.q_start,
         q_len=tiles.q_len,
@@ -437,11 +446,11 @@ def _consume(
     if program.num_consumers == 2:
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
     first_token, heads = me * program.tokens, pl.ds(head * program.group_size, program.group_size)
-    rows, q_smem = smem.rows.at[me], smem.q.at[me]
+    rows, q_smem = (ref.at[me] for ref in smem.rows_or_q)
 
     plgpu.copy_gmem_to_smem(
         q_ref.at[pl.ds(tile.q_start + first_token, program.tokens), heads],
-        rows.at[pl.ds(0, program.tokens)],
+        _token_rows(program, rows, 0, program.tokens),
         barriers.q_ready.at[me],
     )
     plgpu.barrier_wait(barriers.q_ready.at[me])
@@ -478,10 +487,7 @@ def _consume(
 
         s = pl.run_scoped(scores, plgpu.ACC((ROWS, block_k), jnp.float32))
         plgpu.barrier_arrive(barriers.k_free.at[stage])
-        if program.logits_soft_cap is None:
-            s = s * (program.scale * LOG2E)
-        else:
-            s = jnp.tanh(s * (program.scale / program.logits_soft_cap)) * (program.logits_soft_cap * LOG2E)
+        s = _logits(program, s)
         sees_all = (tile.all_begin <= j) & (j < tile.all_end)
         s = lax.cond(sees_all, lambda s: s, lambda s: mask(s, j * block_k), s)
         new_max = jnp.maximum(row_max, s.max(axis=1))
@@ -528,7 +534,8 @@ def _consume(
         @pl.when(here != 0)
         def _(done=done, size=size):
             plgpu.copy_smem_to_gmem(
-                rows.at[pl.ds(done, size)], o_ref.at[pl.ds(tile.q_start + first_token + done, size), heads]
+                _token_rows(program, rows, done, size),
+                o_ref.at[pl.ds(tile.q_start + first_token + done, size), heads],
             )
 
         done += here
@@ -538,6 +545,15 @@ def _consume(
 def _across(row_values: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Repeat a number per row along the row."""
     return lax.broadcast_in_dim(row_values, shape, [0])
+
+
+def _logits(program: _Program, products: jax.Array) -> jax.Array:
+    """Scaled, capped products in base 2."""
+    if (cap := program.logits_soft_cap) is None:
+        return products * (program.scale * LOG2E)
+    # tanh(x) = 1 - 2 / (1 + exp(2x)). The GPU's own tanh has eleven bits, which a cap of 50 makes 2 % of a weight.
+    exp_2x = jnp.exp2(products * (program.scale / cap * 2 * LOG2E))
+    return cap * LOG2E - (2 * cap * LOG2E) / (1.0 + exp_2x)
 
 
 def _add_product(program: _Program, acc, p, p_smem, v_smem) -> jax.Array:
@@ -577,22 +593,27 @@ def _clear_strangers(program: _Program, tile: _Tile, me, v_smem, j, barriers: _B
         plgpu.barrier_wait(barriers.v_clean)
 
 
-def _load_rows(program: _Program, rows) -> jax.Array:
-    """`[ROWS, H]` of the plain rows `[staged_tokens, G, H]`."""
-    flat = (program.staged_tokens * program.group_size, program.head_dim)
+def _token_rows(program: _Program, rows, first, num_tokens: int):
+    """Some tokens of a consumer's plain rows, `[num_tokens, G, H]`, as copies take them."""
     if program.interpreted:
-        return rows[...].reshape(flat)[:ROWS]
-    return plgpu.load(rows.reshape(*flat).at[pl.ds(0, ROWS)], layout=plgpu.Layout.WGMMA, optimized=False)
+        return rows.at[pl.ds(first, num_tokens)]
+    G = program.group_size
+    return rows.at[pl.ds(first * G, num_tokens * G)].reshape(num_tokens, G, program.head_dim)
+
+
+def _load_rows(program: _Program, rows) -> jax.Array:
+    """`[ROWS, H]` of a consumer's plain rows."""
+    if program.interpreted:
+        return rows[...].reshape(-1, program.head_dim)[:ROWS]
+    return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def _store_rows(program: _Program, rows, values: jax.Array) -> None:
-    """Write `[ROWS, H]` to the plain rows."""
-    flat = (program.staged_tokens * program.group_size, program.head_dim)
+    """Write `[ROWS, H]` to a consumer's plain rows."""
     if program.interpreted:
-        rows[...] = jnp.pad(values, ((0, flat[0] - ROWS), (0, 0))).reshape(rows.shape)
-        return
-    place = rows.reshape(*flat).at[pl.ds(0, ROWS)]
-    if hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses a store whose banks collide
-        plgpu.store(place, values, optimized=False)
+        excess = math.prod(program.rows_shape[:2]) - ROWS
+        rows[...] = jnp.pad(values, ((0, excess), (0, 0))).reshape(program.rows_shape)
+    elif hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses a store whose banks collide
+        plgpu.store(rows, values, optimized=False)
     else:
-        place[...] = values
+        rows[...] = values
