@@ -133,7 +133,7 @@ class _Marked:
 
 def forget_to_wait(monkeypatch, role: str, barrier: str) -> None:
     """One role does not wait for a barrier."""
-    real_role, real_wait = getattr(kernel, role), plgpu.barrier_wait
+    real_role, real_wait, real_arrive = getattr(kernel, role), plgpu.barrier_wait, plgpu.barrier_arrive
 
     def act(*args):
         *others, barriers = args
@@ -141,6 +141,9 @@ def forget_to_wait(monkeypatch, role: str, barrier: str) -> None:
 
     monkeypatch.setattr(kernel, role, act)
     monkeypatch.setattr(plgpu, "barrier_wait", lambda b: None if isinstance(b, _Marked) else real_wait(b))
+    monkeypatch.setattr(
+        plgpu, "barrier_arrive", lambda b: real_arrive(b.real if isinstance(b, _Marked) else b)
+    )
 
 
 def release_too_early(monkeypatch, ready: str, free: str) -> None:
@@ -171,6 +174,14 @@ def forget_to_commit(monkeypatch) -> None:
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
 
 
+def clear_too_late(monkeypatch) -> None:
+    """The consumer that comes last clears the values that belong to nobody."""
+    real = kernel._clear_strangers
+    monkeypatch.setattr(
+        kernel, "_clear_strangers", lambda program, tile, me, *args: real(program, tile, 1 - me, *args)
+    )
+
+
 # Each with the keys that show it: a stage is used twice, or once.
 MISTAKES = {
     "none": (lambda monkeypatch: None, 320),
@@ -190,10 +201,7 @@ MISTAKES = {
         functools.partial(forget_to_wait, role="_consume", barrier="v_ready"),
         170,
     ),
-    "values are read before they are cleared": (
-        functools.partial(forget_to_wait, role="_clear_strangers", barrier="v_clean"),
-        170,
-    ),
+    "the second consumer clears values": (clear_too_late, 170),
     "writes are not committed": (forget_to_commit, 170),
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -175,8 +176,8 @@ class _Program:
 
     Attributes:
         masks_start: Whether a row's visible keys may begin after those that the program reads.
-        interpreted: Whether the GPU is simulated. The simulator multiplies operands that lie in
-            shared memory only, and reshapes no references.
+        interpreted: Whether the GPU is simulated. The simulator cannot reshape references, nor see
+            what a `wgmma` product reads.
     """
 
     group_size: int
@@ -253,7 +254,6 @@ class _Smem(NamedTuple):
     rows_or_q: Any  # two references to one memory: [consumers, ROWS, H], plain and tiled
     k: Any  # [num_stages, block_k, H], tiled
     v: Any  # [num_stages, block_k, H], tiled
-    p: Any  # [consumers, ROWS, block_k] for the simulator, or None
 
 
 class _Barriers(NamedTuple):
@@ -264,8 +264,7 @@ class _Barriers(NamedTuple):
     v_ready: Any
     k_free: Any  # per stage: every consumer has read the keys
     v_free: Any
-    v_clean: Any  # the first consumer has cleared the values of keys that nobody sees
-    turn: Any  # the two consumers change places at the tensor cores
+    turn: Any  # two consumers change places at the tensor cores; None for one
 
 
 def _launch(program: _Program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref, interpret) -> None:
@@ -287,7 +286,6 @@ def _launch(program: _Program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref
         rows_or_q=rows_or_q if program.interpreted else plgpu.RefUnion(*rows_or_q),
         k=blocks,
         v=blocks,
-        p=plgpu.SMEM((consumers, ROWS, sizes.block_k), q.dtype) if program.interpreted else None,
     )
     arrived = plgpu.Barrier(num_arrivals=program.copies, num_barriers=sizes.num_stages)
     released = plgpu.Barrier(num_arrivals=consumers, num_barriers=sizes.num_stages)
@@ -297,7 +295,6 @@ def _launch(program: _Program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref
         v_ready=arrived,
         k_free=released,
         v_free=released,
-        v_clean=plgpu.Barrier() if consumers == 2 else None,
         turn=plgpu.Barrier(num_arrivals=2) if consumers == 2 else None,
     )
     plgpu.kernel(
@@ -479,13 +476,7 @@ def _consume(
         acc, row_max, total = state
         stage, j = lax.rem(i, jnp.int32(sizes.num_stages)), tile.begin + i
         plgpu.barrier_wait(barriers.k_ready.at[stage])
-
-        def scores(s_ref):
-            plgpu.wgmma(s_ref, q_smem, smem.k.at[stage].transpose((1, 0)))
-            take_turns()
-            return s_ref[...]
-
-        s = pl.run_scoped(scores, plgpu.ACC((ROWS, block_k), jnp.float32))
+        s = _scores(program, q_smem, smem.k.at[stage], while_running=take_turns)
         plgpu.barrier_arrive(barriers.k_free.at[stage])
         s = _logits(program, s)
         sees_all = (tile.all_begin <= j) & (j < tile.all_end)
@@ -495,19 +486,14 @@ def _consume(
         p = jnp.exp2(s - _across(jnp.maximum(new_max, FLOOR), s.shape))
         total = total * rescale + p.sum(axis=1)
         acc = acc * _across(rescale, acc.shape)
-        p = p.astype(q_ref.dtype)
-        if program.interpreted:
-            smem.p.at[me][...] = p
-            plgpu.commit_smem()
 
         if program.num_consumers == 2:
             plgpu.barrier_arrive(barriers.turn)
         plgpu.barrier_wait(barriers.v_ready.at[stage])
-        has_strangers = (j * block_k < tile.kv_start) | (tile.kv_end < (j + 1) * block_k)
-        pl.when(has_strangers)(lambda: _clear_strangers(program, tile, me, smem.v.at[stage], j, barriers))
+        _clear_strangers(program, tile, me, smem.v.at[stage], j)
         if program.num_consumers == 2:
             plgpu.barrier_wait(barriers.turn)
-        acc = _add_product(program, acc, p, smem.p.at[me] if program.interpreted else None, smem.v.at[stage])
+        acc = _add_values(program, acc, p.astype(q_ref.dtype), smem.v.at[stage])
         plgpu.barrier_arrive(barriers.v_free.at[stage])
         return acc, new_max, total
 
@@ -556,41 +542,53 @@ def _logits(program: _Program, products: jax.Array) -> jax.Array:
     return cap * LOG2E - (2 * cap * LOG2E) / (1.0 + exp_2x)
 
 
-def _add_product(program: _Program, acc, p, p_smem, v_smem) -> jax.Array:
-    """`acc + p @ v`; the simulator takes p from shared memory and has no accumulator to begin with."""
+def _scores(program: _Program, q_smem, k_smem, while_running: Callable[[], None]) -> jax.Array:
+    """`q @ k.T`, `[ROWS, block_k]`, and something to do while the tensor cores are at it."""
     if program.interpreted:
+        while_running()
+        return _simulated_product(q_smem[...], k_smem[...].T)
 
-        def product(acc_ref):
-            plgpu.wgmma(acc_ref, p_smem, v_smem)
-            return acc_ref[...]
+    def product(acc_ref):
+        plgpu.wgmma(acc_ref, q_smem, k_smem.transpose((1, 0)))
+        while_running()
+        return acc_ref[...]
 
-        return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+    return pl.run_scoped(product, plgpu.ACC((ROWS, program.sizes.block_k), jnp.float32))
+
+
+def _add_values(program: _Program, acc: jax.Array, p: jax.Array, v_smem) -> jax.Array:
+    """`acc + p @ v`, in place: p and acc lie in registers."""
+    if program.interpreted:
+        return acc + _simulated_product(p, v_smem[...])
     return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, v_smem))(plgpu.ACC.init(acc))
 
 
-def _clear_strangers(program: _Program, tile: _Tile, me, v_smem, j, barriers: _Barriers) -> None:
+def _simulated_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of loaded values. What `wgmma` reads, the simulator does not check for races."""
+    plgpu.commit_smem()  # unlike a read by `wgmma`, a load is unknown to the copy that overwrites the place
+    return lax.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _clear_strangers(program: _Program, tile: _Tile, me, v_smem, j) -> None:
     """Zero the values of block j that belong to no key of the tile.
 
-    Their weights are zero, but what lies there may be NaN, and 0 * NaN is NaN.
+    Their weights are zero, but what lies there may be NaN, and 0 * NaN is NaN. The first consumer does
+    it for both: the second is half a step behind, and multiplies when the first has given up its turn.
     """
-    block_k = program.sizes.block_k
+    block_k, first_key = program.sizes.block_k, j * program.sizes.block_k
+    has_strangers = (first_key < tile.kv_start) | (tile.kv_end < first_key + block_k)
 
-    @pl.when(me == 0)
+    @pl.when(has_strangers & (me == 0))
     def _():
         for row in range(0, block_k, ROWS):
             for column in range(0, program.head_dim, TILE_COLUMNS):
                 part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, TILE_COLUMNS)]
                 values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                key = j * block_k + row
-                key += plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+                key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+                key += first_key + row
                 own = (tile.kv_start <= key) & (key < tile.kv_end)
                 part[...] = jnp.where(own, values, jnp.zeros_like(values))
         plgpu.commit_smem()
-        if program.num_consumers == 2:
-            plgpu.barrier_arrive(barriers.v_clean)
-
-    if program.num_consumers == 2:
-        plgpu.barrier_wait(barriers.v_clean)
 
 
 def _token_rows(program: _Program, rows, first, num_tokens: int):
