@@ -7,6 +7,7 @@ hardware refuses is tested in `compile/test_mosaic_sass.py`.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,8 @@ def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: 
         tables, k, v = problem.pages(page_size, num_pages=num_pages)
         bucket = Bucket(bucket.tokens, bucket.seqs, num_pages)
         batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
-    arrays = (jnp.asarray(x, dtype) for x in (problem.packed(problem.q, bucket.tokens), k, v))
-    return (*arrays, prepare_metadata(batch, spec, consumers=("mosaic", "xla")))
+    q, k, v = (jnp.asarray(x, dtype) for x in (problem.packed(problem.q, bucket.tokens), k, v))
+    return q, k, v, prepare_metadata(batch, spec, consumers=("mosaic", "xla"))
 
 
 def check(workload: Workload, spec: AttentionSpec, page_size: int | None, dtype: str = "bfloat16"):
@@ -61,9 +62,7 @@ def check(workload: Workload, spec: AttentionSpec, page_size: int | None, dtype:
 
 
 def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) -> AttentionSpec:
-    return AttentionSpec(
-        num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options
-    )
+    return AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
 
 
 LAYERS = {
@@ -148,7 +147,8 @@ def forget_to_wait(monkeypatch, role: str, barrier: str) -> None:
 
 def release_too_early(monkeypatch, ready: str, free: str) -> None:
     """Consumers release a stage when it has arrived, before they have read it."""
-    real_consume, real_wait, real_arrive = kernel._consume, plgpu.barrier_wait, plgpu.barrier_arrive
+    real_consume: Any = kernel._consume
+    real_wait, real_arrive = plgpu.barrier_wait, plgpu.barrier_arrive
     free_of = {}
 
     def consume(*args):
@@ -176,7 +176,7 @@ def forget_to_commit(monkeypatch) -> None:
 
 def clear_too_late(monkeypatch) -> None:
     """The consumer that comes last clears the values that belong to nobody."""
-    real = kernel._clear_strangers
+    real: Any = kernel._clear_strangers
     monkeypatch.setattr(
         kernel, "_clear_strangers", lambda program, tile, me, *args: real(program, tile, 1 - me, *args)
     )
@@ -228,9 +228,8 @@ def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, x64):
     spec = layer(6, 2, head_dim, sliding_window=40, logits_soft_cap=5.0)
     args = inputs(Problem.draw(ODD[0], spec), spec, page_size, "bfloat16")
     with jax.enable_x64(x64):
-        exported = export.export(
-            jax.jit(lambda *args: attention(*args, spec, implementation="mosaic")), **TARGET
-        )(*args)
+        attend = jax.jit(functools.partial(attention, spec=spec, implementation="mosaic"))
+        exported = export.export(attend, **TARGET)(*args)
     kernels = exported.mlir_module().count("custom_call @mosaic_gpu_v2")
     assert kernels == 2, "one for short queries and one for long ones"
 
@@ -254,12 +253,14 @@ def test_what_the_kernel_cannot_serve_has_a_reason(options, reason):
 def test_attention_refuses_what_the_kernel_cannot_serve():
     spec = layer(2, 1)
     args = inputs(Problem.draw(ODD[0], spec), spec, 16, "float32")
-    with pytest.raises(NotImplementedError, match="implementation='mosaic' cannot serve .* float32.*; use 'xla'"):
+    with pytest.raises(
+        NotImplementedError, match=r"implementation=.mosaic. cannot serve .* float32.*; use 'xla'"
+    ):
         attention(*args, spec, implementation="mosaic")
 
 
 def test_does_not_run_elsewhere():
     spec = layer(2, 1)
     args = inputs(Problem.draw(ODD[0], spec), spec, 16, "bfloat16")
-    with pytest.raises(ValueError, match="[Oo]nly interpret mode is supported on CPU"):
+    with pytest.raises(ValueError, match=r"[Oo]nly interpret mode is supported on CPU"):
         attention(*args, spec, implementation="mosaic")

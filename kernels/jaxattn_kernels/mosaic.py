@@ -141,10 +141,10 @@ def ragged_attention(
         NotImplementedError: If there is an `obstacle`.
     """
     group_size, head_dim = q.shape[1] // k.shape[1], q.shape[2]
-    if remainder := -k.shape[0] % TILE_ROWS:
-        k, v = (jnp.pad(x, ((0, remainder), (0, 0), (0, 0))) for x in (k, v))
     if reason := obstacle(dtype=q.dtype, head_dim=head_dim, group_size=group_size, page_size=page_size):
         raise NotImplementedError(reason)
+    if remainder := -k.shape[0] % TILE_ROWS:  # whole tiles are copied
+        k, v = (jnp.pad(x, ((0, remainder), (0, 0), (0, 0))) for x in (k, v))
     # All launches write into one buffer. Interpreted, a row that none of them writes is NaN.
     blank = lax.empty(q.shape, q.dtype) if interpret is None else jnp.full(q.shape, jnp.nan, q.dtype)
     out_ref = jax.new_ref(blank)
@@ -275,7 +275,10 @@ def _launch(program: _Program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref
     inputs += [row_start] if program.masks_start else []
     inputs += [lookup.pages] if lookup.pages is not None else []
 
-    tiled = (plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)), plgpu.SwizzleTransform(128))
+    tiled = (
+        plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
     blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), q.dtype, transforms=tiled)
     # Each consumer has its own part of both. The simulator sees a union as one piece, hence races in it.
     rows_or_q = (
@@ -361,19 +364,25 @@ def _kernel(program: _Program, plan_ref, row_end_ref, *refs) -> None:
     q_ref, k_ref, v_ref, o_ref, smem, barriers = refs
 
     w, head, warpgroup = lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index("warpgroup")
-    tile = _Tile(*(plan_ref[w, i] for i in range(len(_Tile._fields))))
 
-    @pl.when((tile.q_len > 0) & (warpgroup < program.num_consumers))
+    @pl.when(plan_ref[w, _Tile._fields.index("q_len")] > 0)
     def _():
-        row_ranges = (None if ref is None else ref.at[w, warpgroup] for ref in (row_start_ref, row_end_ref))
-        _consume(program, tile, head, warpgroup, *row_ranges, q_ref, o_ref, smem, barriers)
+        tile = _Tile(*(plan_ref[w, i] for i in range(len(_Tile._fields))))
 
-    @pl.when((tile.q_len > 0) & (warpgroup == program.num_consumers))
-    def _():
-        _produce(program, tile, head, pages_ref, k_ref, v_ref, smem, barriers)
+        @pl.when(warpgroup < program.num_consumers)
+        def _():
+            row_start = None if row_start_ref is None else _row_numbers(row_start_ref.at[w, warpgroup])
+            row_end = _row_numbers(row_end_ref.at[w, warpgroup])
+            _consume(program, tile, head, warpgroup, row_start, row_end, q_ref, o_ref, smem, barriers)
+
+        @pl.when(warpgroup == program.num_consumers)
+        def _():
+            _produce(program, tile, head, pages_ref, k_ref, v_ref, smem, barriers)
 
 
-def _produce(program: _Program, tile: _Tile, head, pages_ref, k_ref, v_ref, smem: _Smem, barriers: _Barriers):
+def _produce(
+    program: _Program, tile: _Tile, head, pages_ref, k_ref, v_ref, smem: _Smem, barriers: _Barriers
+) -> None:
     """Copy the tile's blocks of keys and values, each as soon as its place is free.
 
     Pages past the sequence's own are not read: the last one is copied in their place, and masked.
@@ -411,7 +420,7 @@ def _produce(program: _Program, tile: _Tile, head, pages_ref, k_ref, v_ref, smem
                     ready.at[stage],
                 )
 
-    # A barrier must not be left while somebody may still arrive at it.
+    # The program ends when nobody arrives at a barrier any more.
     @pl.loop(jnp.maximum(tile.num_blocks - num_stages, 0), tile.num_blocks)
     def _(i):
         stage = lax.rem(i, jnp.int32(num_stages))
@@ -420,7 +429,16 @@ def _produce(program: _Program, tile: _Tile, head, pages_ref, k_ref, v_ref, smem
 
 
 def _consume(
-    program: _Program, tile: _Tile, head, me, row_start_ref, row_end_ref, q_ref, o_ref, smem: _Smem, barriers: _Barriers
+    program: _Program,
+    tile: _Tile,
+    head,
+    me,
+    row_start,
+    row_end,
+    q_ref,
+    o_ref,
+    smem: _Smem,
+    barriers: _Barriers,
 ) -> None:
     """Online softmax of the rows of one consumer over the tile's keys.
 
@@ -431,8 +449,8 @@ def _consume(
         tile: The tile.
         head: The key head.
         me: Number of the consumer.
-        row_start_ref: `[ROWS]` First visible key of each row, or None where it is the tile's.
-        row_end_ref: `[ROWS]` One past the last.
+        row_start: `[ROWS]` First visible key of each row, or None where it is key 0.
+        row_end: `[ROWS]` One past the last.
         q_ref: `[T, N, H]` Queries.
         o_ref: `[T, N, H]` Outputs.
         smem: Shared memory.
@@ -453,12 +471,6 @@ def _consume(
     plgpu.barrier_wait(barriers.q_ready.at[me])
     q_smem[...] = _load_rows(program, rows)
     plgpu.commit_smem()
-
-    def row_numbers(ref):
-        return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-
-    row_end = row_numbers(row_end_ref)
-    row_start = None if row_start_ref is None else row_numbers(row_start_ref)
 
     def take_turns():
         if program.num_consumers == 2:
@@ -528,6 +540,11 @@ def _consume(
     plgpu.wait_smem_to_gmem(0)
 
 
+def _row_numbers(ref) -> jax.Array:
+    """`[ROWS]`, each number where the row of a product lies."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
 def _across(row_values: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Repeat a number per row along the row."""
     return lax.broadcast_in_dim(row_values, shape, [0])
@@ -537,7 +554,7 @@ def _logits(program: _Program, products: jax.Array) -> jax.Array:
     """Scaled, capped products in base 2."""
     if (cap := program.logits_soft_cap) is None:
         return products * (program.scale * LOG2E)
-    # tanh(x) = 1 - 2 / (1 + exp(2x)). The GPU's own tanh has eleven bits, which a cap of 50 makes 2 % of a weight.
+    # tanh(x) = 1 - 2 / (1 + exp(2x)). The GPU's own tanh has eleven bits: under a cap of 50, 2 % of a weight.
     exp_2x = jnp.exp2(products * (program.scale / cap * 2 * LOG2E))
     return cap * LOG2E - (2 * cap * LOG2E) / (1.0 + exp_2x)
 
@@ -553,14 +570,15 @@ def _scores(program: _Program, q_smem, k_smem, while_running: Callable[[], None]
         while_running()
         return acc_ref[...]
 
-    return pl.run_scoped(product, plgpu.ACC((ROWS, program.sizes.block_k), jnp.float32))
+    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, program.sizes.block_k), jnp.float32))
 
 
 def _add_values(program: _Program, acc: jax.Array, p: jax.Array, v_smem) -> jax.Array:
     """`acc + p @ v`, in place: p and acc lie in registers."""
     if program.interpreted:
         return acc + _simulated_product(p, v_smem[...])
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, v_smem))(plgpu.ACC.init(acc))
+    in_place: Any = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, v_smem))
+    return in_place(plgpu.WGMMAAccumulatorRef.init(acc))
 
 
 def _simulated_product(a: jax.Array, b: jax.Array) -> jax.Array:
