@@ -221,17 +221,23 @@ def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog):
 TARGET = {"platforms": ["cuda"], "disabled_checks": [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]}
 
 
-@pytest.mark.parametrize("x64", [False, True])
+def count_kernels(spec: AttentionSpec, page_size: int | None) -> int:
+    """Kernels in the program that is exported for a GPU."""
+    args = inputs(Problem.draw(ODD[0], spec), spec, page_size, "bfloat16")
+    attend = jax.jit(functools.partial(attention, spec=spec, implementation="mosaic"))
+    return export.export(attend, **TARGET)(*args).mlir_module().count("custom_call @mosaic_gpu_v2")
+
+
 @pytest.mark.parametrize("page_size", [8, 128, None])
 @pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
-def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, x64):
+def test_is_exported_for_cuda_from_anywhere(head_dim, page_size):
     spec = layer(6, 2, head_dim, sliding_window=40, logits_soft_cap=5.0)
-    args = inputs(Problem.draw(ODD[0], spec), spec, page_size, "bfloat16")
-    with jax.enable_x64(x64):
-        attend = jax.jit(functools.partial(attention, spec=spec, implementation="mosaic"))
-        exported = export.export(attend, **TARGET)(*args)
-    kernels = exported.mlir_module().count("custom_call @mosaic_gpu_v2")
-    assert kernels == 2, "one for short queries and one for long ones"
+    assert count_kernels(spec, page_size) == 2, "one for short queries and one for long ones"
+
+
+def test_is_exported_with_64_bit_types_enabled():
+    with jax.enable_x64(True):
+        assert count_kernels(layer(2, 1), 16) == 2
 
 
 @pytest.mark.parametrize(
