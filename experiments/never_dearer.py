@@ -72,7 +72,7 @@ BUCKETS = {
 
 PAGE_SIZE = 16
 TABLE_WIDTH = 16
-IMPLEMENTATIONS = ("reference", "xla", "triton")
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
 
 
 def window_classes(layers: Layers) -> Layers:

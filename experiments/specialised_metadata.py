@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import AttentionMetadata, AttentionSpec, RaggedBatch
-from jaxattn.consumers import triton_tiling, xla_tiling
+from jaxattn.consumers import mosaic_tiling, triton_tiling, xla_tiling
 from jaxattn.schedule import Tiling
 from jaxattn.spec import Visibility, WindowClass
 
@@ -246,6 +246,11 @@ def triton_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
     return _tile_reader(batch, specs, triton_tiling)
 
 
+def mosaic_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
+    """What `jaxattn.mosaic` reads."""
+    return _tile_reader(batch, specs, mosaic_tiling)
+
+
 def write_cache_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec] = ()) -> Arrays:
     """What writing keys into their pages reads."""
     del specs
@@ -272,10 +277,12 @@ def decoder_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays
     return found
 
 
+TILINGS = {"xla": xla_tiling, "triton": triton_tiling, "mosaic": mosaic_tiling}
 SPECIALISED: dict[str, Callable[[RaggedBatch, Iterable[AttentionSpec]], Arrays]] = {
     "reference": reference_arrays,
     "xla": xla_arrays,
     "triton": triton_arrays,
+    "mosaic": mosaic_arrays,
     "write_cache": write_cache_arrays,
     "decoder": decoder_arrays,
 }
@@ -306,7 +313,7 @@ def read_by(consumer: str, metadata: AttentionMetadata, specs: Iterable[Attentio
         found |= {f"kv_start/{i}": visible.kv_start, f"kv_end/{i}": visible.kv_end}
         if consumer == "reference":
             continue
-        tiling = xla_tiling if consumer == "xla" else triton_tiling
+        tiling = TILINGS[consumer]
         for kind, tiles in zip(("short", "long"), visible.schedule(tiling(spec)).lists, strict=False):
             found |= {f"{kind}.{name}/{i}": getattr(tiles, name) for name in TILE}
             if tiles.split is not None:

@@ -9,13 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxattn import reference, triton, xla
+from jaxattn import mosaic, reference, triton, xla
 from jaxattn.batch import INT32_MAX
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels.triton import MAX_HEAD_DIM
 
-IMPLEMENTATIONS = {"reference": reference.attend, "xla": xla.attend, "triton": triton.attend}
+IMPLEMENTATIONS = {
+    "reference": reference.attend,
+    "xla": xla.attend,
+    "triton": triton.attend,
+    "mosaic": mosaic.attend,
+}
 
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
@@ -81,7 +86,8 @@ def attention(
         implementation: "auto" (see `choose_implementation`), or one of:
             "reference", the plain definition in float32;
             "xla", pure XLA over the tile schedule;
-            "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU.
+            "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU;
+            "mosaic", the Pallas kernel for Hopper GPUs, and for them alone; "auto" does not choose it.
 
     Returns:
         One output per query token, in the dtype of `q`; zero for padding. With `return_lse`, also
@@ -103,6 +109,10 @@ def attention(
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
     if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype)):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
+    if implementation == "mosaic" and (obstacle := _mosaic_obstacle(spec, q.dtype, metadata, return_lse)):
+        raise NotImplementedError(
+            f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
+        )
     out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, sinks=sinks)
     return (out, lse) if return_lse else out
 
@@ -140,6 +150,14 @@ def _triton_obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike) -> str | 
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
     return None
+
+
+def _mosaic_obstacle(
+    spec: AttentionSpec, dtype: jax.typing.DTypeLike, metadata: AttentionMetadata, return_lse: bool
+) -> str | None:
+    if spec.sinks or return_lse:
+        return f"it has no {'sinks' if spec.sinks else 'return_lse'} yet"
+    return mosaic.obstacle(spec, dtype, metadata.page_size)
 
 
 def _device_obstacle() -> str | None:

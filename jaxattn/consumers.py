@@ -60,6 +60,12 @@ def triton_tiling(spec: AttentionSpec) -> Tiling:
     return Tiling(short_q, max(2 * short_q, 64 // G), None if few_keys else TRITON_SPLIT_KEYS)
 
 
+def mosaic_tiling(spec: AttentionSpec) -> Tiling:
+    """Tiles of 64 rows for one warpgroup, or of twice as many for two; the G heads of a group are packed."""
+    short_q = max(1, 64 // spec.group_size)
+    return Tiling(short_q=short_q, long_q=2 * short_q)
+
+
 _RANGES = frozenset({"kv_start", "kv_end"})
 _TILES = _RANGES | {"schedules"}
 _PAGES = frozenset({"page_indptr", "page_list"})
@@ -75,6 +81,7 @@ CONSUMERS = {
         ),
         Consumer("xla", _TILES, xla_tiling, _PAGES, frozenset({"cu_kv_lens"})),
         Consumer("triton", _TILES, triton_tiling, _PAGES, frozenset({"cu_kv_lens"})),
+        Consumer("mosaic", _TILES, mosaic_tiling, _PAGES, frozenset({"cu_kv_lens"})),
         Consumer("write_cache", frozenset({"slot_mapping"})),
         Consumer("decoder", frozenset({"slot_mapping", "logits_indices", "rope_tables"})),
     )

@@ -1,5 +1,11 @@
 """Strict settings for every test: no silent dtype or rank promotion."""
 
+import os
+
+# Each warpgroup that is simulated occupies a thread of XLA, whose pool is as large as the machine has
+# cores: with fewer threads than warpgroups, a program may wait for one that never gets a thread.
+os.environ.setdefault("NPROC", "8")
+
 import hypothesis
 import jax
 from effort import EXAMPLES

@@ -1,0 +1,72 @@
+"""Attention by the Pallas Mosaic GPU kernel: the metadata's part for it, as arrays."""
+
+from __future__ import annotations
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from jaxattn.consumers import mosaic_tiling
+from jaxattn.metadata import AttentionMetadata
+from jaxattn.spec import AttentionSpec
+from jaxattn_kernels import mosaic as kernel
+
+
+def attend(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    *,
+    sinks: None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "T N H"], None]:
+    """Attend with the kernel, compiled for a Hopper GPU.
+
+    Interpreting is a choice of the caller. The interpreter works by ordered callbacks, and JAX cannot
+    lower a program for one platform whose branch for another has them, so the platform cannot choose.
+
+    Args:
+        q: Queries, packed.
+        k: Keys, packed `[T, K, H]` or in pages `[pages, page_size, K, H]`.
+        v: Values, like the keys.
+        metadata: The batch's metadata, with the schedule of this implementation.
+        spec: The layer.
+        sinks: None: the kernel has no sinks.
+        interpret: How to simulate the GPU on a CPU; None to compile.
+
+    Returns:
+        Outputs in the dtype of `q`; zero for padding. None in place of the log-sum-exp, which the kernel
+        does not write.
+    """
+    del sinks
+    visible = metadata.visible_keys(spec.window_class)
+    schedule = visible.schedule(mosaic_tiling(spec))
+    paged = k.ndim == 4
+    start = metadata.page_indptr if paged else metadata.cu_kv_lens
+    out = kernel.ragged_attention(
+        q,
+        k.reshape(-1, *k.shape[-2:]),
+        v.reshape(-1, *v.shape[-2:]),
+        visible.kv_start,
+        visible.kv_end,
+        kernel.KeyLookup(start=start, pages=metadata.page_list if paged else None),
+        tuple(
+            (kernel.TileArrays(t.seq, t.q_start, t.q_len, t.kv_start, t.kv_end), t.block_q)
+            for t in schedule.lists
+        ),
+        page_size=k.shape[1] if paged else None,
+        scale=spec.softmax_scale,
+        logits_soft_cap=spec.logits_soft_cap,
+        windowed=spec.window_class.span is not None,
+        interpret=interpret,
+    )
+    return out, None
+
+
+def obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike, page_size: int | None) -> str | None:
+    """Why the kernel cannot serve a layer over keys in such pages; None where it can."""
+    return kernel.obstacle(
+        dtype=dtype, head_dim=spec.head_dim, group_size=spec.group_size, page_size=page_size
+    )

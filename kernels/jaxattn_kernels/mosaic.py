@@ -1,0 +1,635 @@
+"""Ragged attention on Pallas's Mosaic GPU backend: Hopper, its copy engine (TMA) and its `wgmma` products.
+
+The same tile lists as for the Triton kernel, and the same rule: the ranges of visible keys are the
+only mask. One program serves one tile and one key head. Its warpgroups have roles: a producer copies
+blocks of keys and values into shared memory, as far ahead as there is room, and each consumer attends
+with 64 rows. A short tile has one consumer. A long one has two that take turns: while one multiplies,
+the other computes its softmax.
+
+Every call that exists only on the Mosaic GPU backend is made in this file (`plgpu`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxattn_kernels.triton import KeyLookup, TileArrays
+
+# Softmax in base 2: the GPU has exp2, and log2(e) goes into the scale.
+LOG2E = math.log2(math.e)
+# The score of a key that is not seen, finite so that no difference of two of them is NaN.
+NEG = -1e30
+# A row's maximum counts as at least this much, so that of a row that sees nothing exp2(NEG - FLOOR) is 0.
+FLOOR = NEG / 2
+
+ROWS = 64
+"""Rows of a consumer, each a pair of a token and a query head: the height of a `wgmma` product."""
+# Shared memory for products is tiled and swizzled; 64 numbers of 16 bits are the 128 bytes of a row.
+TILE_ROWS, TILE_COLUMNS = 8, 64
+HEAD_DIMS = (64, 128, 256)
+DTYPES = ("bfloat16", "float16")
+
+# A multiprocessor has 65,536 registers; the producer needs few of them, and leaves its own to two consumers.
+PRODUCER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelConfig:
+    """Sizes of one kernel launch.
+
+    Attributes:
+        block_k: Keys per step of the loop.
+        num_stages: Blocks of keys, and of values, that shared memory holds.
+    """
+
+    block_k: int
+    num_stages: int
+
+
+def config_for(*, num_consumers: int, head_dim: int) -> KernelConfig:
+    """The sizes that fit in shared memory and compile without spilling registers (tests/compile).
+
+    Args:
+        num_consumers: Consumer warpgroups of a program, 1 or 2.
+        head_dim: Size of a head.
+    """
+    if head_dim > 128:
+        return KernelConfig(block_k=64, num_stages=2)
+    if num_consumers == 1:
+        return KernelConfig(block_k=64, num_stages=4)
+    return KernelConfig(block_k=128, num_stages=2)
+
+
+def obstacle(
+    *, dtype: jax.typing.DTypeLike, head_dim: int, group_size: int, page_size: int | None
+) -> str | None:
+    """Why the kernel cannot serve a layer; None where it can.
+
+    Args:
+        dtype: Element type of queries, keys and values.
+        head_dim: Size of a head.
+        group_size: Query heads per key head.
+        page_size: Tokens per page, or None for packed keys.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        return f"dtype {name} is not one of {', '.join(DTYPES)}"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if group_size > ROWS:
+        return f"a token's {group_size} query heads per key head exceed the {ROWS} rows of a product"
+    if page_size is None:
+        return None
+    if page_size % TILE_ROWS:
+        return f"page_size={page_size} is not a multiple of {TILE_ROWS}, the rows of a tile in shared memory"
+    blocks = {config_for(num_consumers=n, head_dim=head_dim).block_k for n in (1, 2)}
+    if any(page_size % block_k and block_k % page_size for block_k in blocks):
+        return f"page_size={page_size} neither divides nor is a multiple of every block of {blocks} keys"
+    return None
+
+
+def ragged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_start: jax.Array,
+    kv_end: jax.Array,
+    lookup: KeyLookup,
+    tile_lists: tuple[tuple[TileArrays, int], ...],
+    *,
+    page_size: int | None,
+    scale: float,
+    logits_soft_cap: float | None,
+    windowed: bool,
+    interpret: Any = None,
+    config: KernelConfig | None = None,
+) -> jax.Array:
+    """Attend with every tile of every list; each row of the output is written by one tile.
+
+    Args:
+        q: `[T, N, H]` Queries, packed.
+        k: `[S, K, H]` Keys on one flat axis, packed or pages one after the other.
+        v: `[S, K, H]` Values.
+        kv_start: `[T]` First visible key of each token, as a position in its sequence.
+        kv_end: `[T]` One past the last visible key.
+        lookup: Where a sequence's keys lie.
+        tile_lists: Each list with its tokens per tile; at most `tokens_per_consumer` for one consumer,
+            at most twice as many for two.
+        page_size: Tokens per page, or None for packed keys.
+        scale: Factor on q·k.
+        logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
+        windowed: Whether a token's range may begin after the sequence does; otherwise `kv_start`
+            is 0 everywhere.
+        interpret: `plgpu.InterpretGPUParams` to simulate the GPU on a CPU; None to compile.
+        config: Sizes of the launches; chosen by `config_for` where None.
+
+    Returns:
+        `[T, N, H]` Outputs in the dtype of `q`; rows that no tile covers are undefined.
+
+    Raises:
+        NotImplementedError: If there is an `obstacle`.
+    """
+    group_size, head_dim = q.shape[1] // k.shape[1], q.shape[2]
+    if reason := obstacle(dtype=q.dtype, head_dim=head_dim, group_size=group_size, page_size=page_size):
+        raise NotImplementedError(reason)
+    if remainder := -k.shape[0] % TILE_ROWS:  # whole tiles are copied
+        k, v = (jnp.pad(x, ((0, remainder), (0, 0), (0, 0))) for x in (k, v))
+    # All launches write into one buffer. Interpreted, a row that none of them writes is NaN.
+    blank = lax.empty(q.shape, q.dtype) if interpret is None else jnp.full(q.shape, jnp.nan, q.dtype)
+    out_ref = jax.new_ref(blank)
+    for tiles, block_q in tile_lists:
+        program = _Program(
+            group_size=group_size,
+            head_dim=head_dim,
+            num_consumers=pl.cdiv(block_q, tokens_per_consumer(group_size)),
+            page_size=page_size,
+            scale=scale,
+            logits_soft_cap=logits_soft_cap,
+            # Packed keys are read from a multiple of eight on; what lies before the first is masked.
+            masks_start=windowed or page_size is None,
+            interpreted=interpret is not None,
+            config=config,
+        )
+        _launch(program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref, interpret)
+    return jax.freeze(out_ref)
+
+
+def tokens_per_consumer(group_size: int) -> int:
+    """Tokens whose query heads, G for one key head, fill the rows of one consumer."""
+    return ROWS // group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Program:
+    """What is static about a program; see `ragged_attention`.
+
+    Attributes:
+        masks_start: Whether a row's visible keys may begin after those that the program reads.
+        interpreted: Whether the GPU is simulated. The simulator cannot reshape references, nor see
+            what a `wgmma` product reads.
+    """
+
+    group_size: int
+    head_dim: int
+    num_consumers: int
+    page_size: int | None
+    scale: float
+    logits_soft_cap: float | None
+    masks_start: bool
+    interpreted: bool
+    config: KernelConfig | None
+
+    @property
+    def sizes(self) -> KernelConfig:
+        return self.config or config_for(num_consumers=self.num_consumers, head_dim=self.head_dim)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per consumer."""
+        return tokens_per_consumer(self.group_size)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Of a consumer's plain rows; the simulator cannot view them as tokens, and is given tokens."""
+        if self.interpreted:
+            return pl.cdiv(ROWS, self.group_size), self.group_size, self.head_dim
+        return ROWS, self.head_dim
+
+    @property
+    def copy_rows(self) -> int:
+        """Keys per copy: a page, or a block where pages are larger or there are none."""
+        return min(self.page_size or self.sizes.block_k, self.sizes.block_k)
+
+    @property
+    def copies(self) -> int:
+        """Copies per block of keys."""
+        return self.sizes.block_k // self.copy_rows
+
+
+class _Tile(NamedTuple):
+    """What a program has to know of its tile. Keys are numbered as the program reads them.
+
+    Attributes:
+        q_start: First token.
+        q_len: Tokens; 0 for a dead tile.
+        key_base: The sequence's first entry in the page list, or, unpaged, the row of key 0.
+        kv_start: First key that any row sees.
+        kv_end: One past the last.
+        begin: First block of keys.
+        num_blocks: Blocks of keys.
+        all_begin: First block that every row sees whole, as it does those up to `all_end`.
+        all_end: One past the last such block.
+    """
+
+    q_start: jax.Array
+    q_len: jax.Array
+    key_base: jax.Array
+    kv_start: jax.Array
+    kv_end: jax.Array
+    begin: jax.Array
+    num_blocks: jax.Array
+    all_begin: jax.Array
+    all_end: jax.Array
+
+
+class _Smem(NamedTuple):
+    """Shared memory of a program.
+
+    `wgmma` reads tiles of eight rows. A copy into such tiles must begin at a multiple of eight rows of
+    its source too: right for keys in pages, and wrong for queries, whose tokens begin anywhere. Queries
+    therefore arrive, and outputs leave, in plain rows.
+    """
+
+    rows_or_q: Any  # two references to one memory: [consumers, ROWS, H], plain and tiled
+    k: Any  # [num_stages, block_k, H], tiled
+    v: Any  # [num_stages, block_k, H], tiled
+
+
+class _Barriers(NamedTuple):
+    """What the warpgroups of a program wait for."""
+
+    q_ready: Any  # per consumer: its queries have arrived
+    k_ready: Any  # per stage: the keys have arrived
+    v_ready: Any
+    k_free: Any  # per stage: every consumer has read the keys
+    v_free: Any
+    turn: Any  # two consumers change places at the tensor cores; None for one
+
+
+def _launch(program: _Program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref, interpret) -> None:
+    """Run one list of tiles; writes into `out_ref`."""
+    sizes, consumers, H = program.sizes, program.num_consumers, program.head_dim
+    plan, row_start, row_end = _plan(program, kv_start, kv_end, lookup, tiles)
+    inputs = [plan, row_end]
+    inputs += [row_start] if program.masks_start else []
+    inputs += [lookup.pages] if lookup.pages is not None else []
+
+    tiled = (
+        plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
+    blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), q.dtype, transforms=tiled)
+    # Each consumer has its own part of both. The simulator sees a union as one piece, hence races in it.
+    rows_or_q = (
+        plgpu.SMEM((consumers, *program.rows_shape), q.dtype),
+        plgpu.SMEM((consumers, ROWS, H), q.dtype, transforms=tiled),
+    )
+    smem = _Smem(
+        rows_or_q=rows_or_q if program.interpreted else plgpu.RefUnion(*rows_or_q),
+        k=blocks,
+        v=blocks,
+    )
+    arrived = plgpu.Barrier(num_arrivals=program.copies, num_barriers=sizes.num_stages)
+    released = plgpu.Barrier(num_arrivals=consumers, num_barriers=sizes.num_stages)
+    barriers = _Barriers(
+        q_ready=plgpu.Barrier(num_barriers=consumers),
+        k_ready=arrived,
+        v_ready=arrived,
+        k_free=released,
+        v_free=released,
+        turn=plgpu.Barrier(num_arrivals=2) if consumers == 2 else None,
+    )
+    plgpu.kernel(
+        functools.partial(_kernel, program),
+        grid=(tiles.seq.shape[0], k.shape[1]),
+        grid_names=("tile", "head"),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        scratch_types=(smem, barriers),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+    )(*inputs, q, k, v, out_ref)
+
+
+def _plan(program: _Program, kv_start, kv_end, lookup, tiles):
+    """Gather each tile's part of the metadata: `[W, fields of _Tile]`, and twice `[W, consumers, ROWS]`.
+
+    Returns:
+        The tiles, and the first and one past the last key that each of their rows sees; a dead row
+        sees none.
+    """
+    block_k, G = program.sizes.block_k, program.group_size
+
+    def per_row(tile_values):
+        return tile_values[:, None, None]
+
+    consumer = jnp.arange(program.num_consumers, dtype=jnp.int32)[None, :, None]
+    row = jnp.arange(ROWS, dtype=jnp.int32)[None, None, :]
+    token = consumer * program.tokens + row // G  # of each row, in its tile
+    live = (row < program.tokens * G) & (token < per_row(tiles.q_len))
+    place = per_row(tiles.q_start) + token
+    row_start = jnp.where(live, kv_start.at[place].get(mode="clip"), 0)
+    row_end = jnp.where(live, kv_end.at[place].get(mode="clip"), 0)
+    first, end, key_base = tiles.kv_start, tiles.kv_end, lookup.start[tiles.seq]
+    if program.page_size is None:
+        # Key 0 of what the program reads lies at a multiple of eight.
+        shift = key_base % TILE_ROWS
+        first, end, key_base = first + shift, end + shift, key_base - shift
+        row_start += jnp.where(live, per_row(shift), 0)
+        row_end += jnp.where(live, per_row(shift), 0)
+    begin = first // block_k
+    stop = jnp.where(end > first, (end + (block_k - 1)) // block_k, begin)
+    least_end = jnp.where(live, row_end, per_row(end)).min(axis=(1, 2))
+    plan = _Tile(
+        q_start=tiles.q_start,
+        q_len=tiles.q_len,
+        key_base=key_base,
+        kv_start=first,
+        kv_end=end,
+        begin=begin,
+        num_blocks=stop - begin,
+        all_begin=(row_start.max(axis=(1, 2)) + (block_k - 1)) // block_k,
+        all_end=least_end // block_k,
+    )
+    return jnp.stack(plan, axis=1), row_start, row_end
+
+
+def _kernel(program: _Program, plan_ref, row_end_ref, *refs) -> None:
+    """Unpack the references, in the order of `_launch`, and give the warpgroups their roles."""
+    row_start_ref, refs = (refs[0], refs[1:]) if program.masks_start else (None, refs)
+    pages_ref, refs = (refs[0], refs[1:]) if program.page_size is not None else (None, refs)
+    q_ref, k_ref, v_ref, o_ref, smem, barriers = refs
+
+    w, head, warpgroup = lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index("warpgroup")
+
+    @pl.when(plan_ref[w, _Tile._fields.index("q_len")] > 0)
+    def _():
+        tile = _Tile(*(plan_ref[w, i] for i in range(len(_Tile._fields))))
+
+        @pl.when(warpgroup < program.num_consumers)
+        def _():
+            row_start = None if row_start_ref is None else _row_numbers(row_start_ref.at[w, warpgroup])
+            row_end = _row_numbers(row_end_ref.at[w, warpgroup])
+            _consume(program, tile, head, warpgroup, row_start, row_end, q_ref, o_ref, smem, barriers)
+
+        @pl.when(warpgroup == program.num_consumers)
+        def _():
+            _produce(program, tile, head, pages_ref, k_ref, v_ref, smem, barriers)
+
+
+def _produce(
+    program: _Program, tile: _Tile, head, pages_ref, k_ref, v_ref, smem: _Smem, barriers: _Barriers
+) -> None:
+    """Copy the tile's blocks of keys and values, each as soon as its place is free.
+
+    Pages past the sequence's own are not read: the last one is copied in their place, and masked.
+    """
+    sizes, copy_rows, page_size = program.sizes, program.copy_rows, program.page_size
+    block_k, num_stages = sizes.block_k, sizes.num_stages
+    if program.num_consumers == 2:
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+    def source_row(key):
+        """Where `copy_rows` keys lie on the key axis, the first of them given."""
+        if page_size is None:
+            return tile.key_base + key
+        page = jnp.clip(key // page_size, tile.kv_start // page_size, (tile.kv_end - 1) // page_size)
+        return pages_ref[tile.key_base + page] * page_size + key % page_size
+
+    @pl.loop(0, tile.num_blocks)
+    def _(i):
+        stage = lax.rem(i, jnp.int32(num_stages))
+        first = (tile.begin + i) * block_k
+        sources = [source_row(first + n * copy_rows) for n in range(program.copies)]
+        for ref, place, ready, free in (
+            (k_ref, smem.k, barriers.k_ready, barriers.k_free),
+            (v_ref, smem.v, barriers.v_ready, barriers.v_free),
+        ):
+
+            @pl.when(i >= num_stages)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[stage])
+
+            for n, source in enumerate(sources):
+                plgpu.copy_gmem_to_smem(
+                    ref.at[pl.ds(source, copy_rows), head],
+                    place.at[stage, pl.ds(n * copy_rows, copy_rows)],
+                    ready.at[stage],
+                )
+
+    # The program ends when nobody arrives at a barrier any more.
+    @pl.loop(jnp.maximum(tile.num_blocks - num_stages, 0), tile.num_blocks)
+    def _(i):
+        stage = lax.rem(i, jnp.int32(num_stages))
+        plgpu.barrier_wait(barriers.k_free.at[stage])
+        plgpu.barrier_wait(barriers.v_free.at[stage])
+
+
+def _consume(
+    program: _Program,
+    tile: _Tile,
+    head,
+    me,
+    row_start,
+    row_end,
+    q_ref,
+    o_ref,
+    smem: _Smem,
+    barriers: _Barriers,
+) -> None:
+    """Online softmax of the rows of one consumer over the tile's keys.
+
+    Row r is token `r // G` of the consumer and query head `head * G + r % G`.
+
+    Args:
+        program: What is static.
+        tile: The tile.
+        head: The key head.
+        me: Number of the consumer.
+        row_start: `[ROWS]` First visible key of each row, or None where it is key 0.
+        row_end: `[ROWS]` One past the last.
+        q_ref: `[T, N, H]` Queries.
+        o_ref: `[T, N, H]` Outputs.
+        smem: Shared memory.
+        barriers: Barriers.
+    """
+    sizes, H = program.sizes, program.head_dim
+    block_k = sizes.block_k
+    if program.num_consumers == 2:
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+    first_token, heads = me * program.tokens, pl.ds(head * program.group_size, program.group_size)
+    rows, q_smem = (ref.at[me] for ref in smem.rows_or_q)
+
+    plgpu.copy_gmem_to_smem(
+        q_ref.at[pl.ds(tile.q_start + first_token, program.tokens), heads],
+        _token_rows(program, rows, 0, program.tokens),
+        barriers.q_ready.at[me],
+    )
+    plgpu.barrier_wait(barriers.q_ready.at[me])
+    q_smem[...] = _load_rows(program, rows)
+    plgpu.commit_smem()
+
+    def take_turns():
+        if program.num_consumers == 2:
+            plgpu.barrier_arrive(barriers.turn)
+            plgpu.barrier_wait(barriers.turn)
+
+    def mask(s, first_key):
+        key = first_key + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
+        sees = key < _across(row_end, s.shape)
+        if row_start is not None:
+            sees &= _across(row_start, s.shape) <= key
+        return jnp.where(sees, s, NEG)
+
+    def attend_block(i, state):
+        acc, row_max, total = state
+        stage, j = lax.rem(i, jnp.int32(sizes.num_stages)), tile.begin + i
+        plgpu.barrier_wait(barriers.k_ready.at[stage])
+        s = _scores(program, q_smem, smem.k.at[stage], while_running=take_turns)
+        plgpu.barrier_arrive(barriers.k_free.at[stage])
+        s = _logits(program, s)
+        sees_all = (tile.all_begin <= j) & (j < tile.all_end)
+        s = lax.cond(sees_all, lambda s: s, lambda s: mask(s, j * block_k), s)
+        new_max = jnp.maximum(row_max, s.max(axis=1))
+        rescale = jnp.exp2(row_max - new_max)
+        p = jnp.exp2(s - _across(jnp.maximum(new_max, FLOOR), s.shape))
+        total = total * rescale + p.sum(axis=1)
+        acc = acc * _across(rescale, acc.shape)
+
+        if program.num_consumers == 2:
+            plgpu.barrier_arrive(barriers.turn)
+        plgpu.barrier_wait(barriers.v_ready.at[stage])
+        _clear_strangers(program, tile, me, smem.v.at[stage], j)
+        if program.num_consumers == 2:
+            plgpu.barrier_wait(barriers.turn)
+        acc = _add_values(program, acc, p.astype(q_ref.dtype), smem.v.at[stage])
+        plgpu.barrier_arrive(barriers.v_free.at[stage])
+        return acc, new_max, total
+
+    layout = plgpu.Layout.WGMMA
+    state = (
+        plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), layout),
+        plgpu.layout_cast(jnp.full((ROWS,), NEG, jnp.float32), layout.reduce(1)),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1)),
+    )
+    # The second consumer begins when the first has issued its first product.
+    pl.when(me == 1)(take_turns)
+    acc, _, total = lax.fori_loop(0, tile.num_blocks, attend_block, state)
+    pl.when(me == 0)(take_turns)
+
+    out = acc * _across(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
+    _store_rows(program, rows, out.astype(o_ref.dtype))
+    plgpu.commit_smem()
+    # A copy has a fixed size: as many tokens as there are, in powers of two.
+    num_tokens = jnp.clip(tile.q_len - first_token, 0, program.tokens)
+    done = 0
+    for size in (1 << bit for bit in reversed(range(program.tokens.bit_length()))):
+        here = num_tokens & size
+
+        @pl.when(here != 0)
+        def _(done=done, size=size):
+            plgpu.copy_smem_to_gmem(
+                _token_rows(program, rows, done, size),
+                o_ref.at[pl.ds(tile.q_start + first_token + done, size), heads],
+            )
+
+        done += here
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _row_numbers(ref) -> jax.Array:
+    """`[ROWS]`, each number where the row of a product lies."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def _across(row_values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Repeat a number per row along the row."""
+    return lax.broadcast_in_dim(row_values, shape, [0])
+
+
+def _logits(program: _Program, products: jax.Array) -> jax.Array:
+    """Scaled, capped products in base 2."""
+    if (cap := program.logits_soft_cap) is None:
+        return products * (program.scale * LOG2E)
+    # tanh(x) = 1 - 2 / (1 + exp(2x)). The GPU's own tanh has eleven bits: under a cap of 50, 2 % of a weight.
+    exp_2x = jnp.exp2(products * (program.scale / cap * 2 * LOG2E))
+    return cap * LOG2E - (2 * cap * LOG2E) / (1.0 + exp_2x)
+
+
+def _scores(program: _Program, q_smem, k_smem, while_running: Callable[[], None]) -> jax.Array:
+    """`q @ k.T`, `[ROWS, block_k]`, and something to do while the tensor cores are at it."""
+    if program.interpreted:
+        while_running()
+        return _simulated_product(q_smem[...], k_smem[...].T)
+
+    def product(acc_ref):
+        plgpu.wgmma(acc_ref, q_smem, k_smem.transpose((1, 0)))
+        while_running()
+        return acc_ref[...]
+
+    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, program.sizes.block_k), jnp.float32))
+
+
+def _add_values(program: _Program, acc: jax.Array, p: jax.Array, v_smem) -> jax.Array:
+    """`acc + p @ v`, in place: p and acc lie in registers."""
+    if program.interpreted:
+        return acc + _simulated_product(p, v_smem[...])
+    in_place: Any = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, v_smem))
+    return in_place(plgpu.WGMMAAccumulatorRef.init(acc))
+
+
+def _simulated_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of loaded values. What `wgmma` reads, the simulator does not check for races."""
+    plgpu.commit_smem()  # unlike a read by `wgmma`, a load is unknown to the copy that overwrites the place
+    return lax.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _clear_strangers(program: _Program, tile: _Tile, me, v_smem, j) -> None:
+    """Zero the values of block j that belong to no key of the tile.
+
+    Their weights are zero, but what lies there may be NaN, and 0 * NaN is NaN. The first consumer does
+    it for both: the second is half a step behind, and multiplies when the first has given up its turn.
+    """
+    block_k, first_key = program.sizes.block_k, j * program.sizes.block_k
+    has_strangers = (first_key < tile.kv_start) | (tile.kv_end < first_key + block_k)
+
+    @pl.when(has_strangers & (me == 0))
+    def _():
+        for row in range(0, block_k, ROWS):
+            for column in range(0, program.head_dim, TILE_COLUMNS):
+                part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, TILE_COLUMNS)]
+                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+                key += first_key + row
+                own = (tile.kv_start <= key) & (key < tile.kv_end)
+                part[...] = jnp.where(own, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+
+def _token_rows(program: _Program, rows, first, num_tokens: int):
+    """Some tokens of a consumer's plain rows, `[num_tokens, G, H]`, as copies take them."""
+    if program.interpreted:
+        return rows.at[pl.ds(first, num_tokens)]
+    G = program.group_size
+    return rows.at[pl.ds(first * G, num_tokens * G)].reshape(num_tokens, G, program.head_dim)
+
+
+def _load_rows(program: _Program, rows) -> jax.Array:
+    """`[ROWS, H]` of a consumer's plain rows."""
+    if program.interpreted:
+        return rows[...].reshape(-1, program.head_dim)[:ROWS]
+    return plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def _store_rows(program: _Program, rows, values: jax.Array) -> None:
+    """Write `[ROWS, H]` to a consumer's plain rows."""
+    if program.interpreted:
+        excess = math.prod(program.rows_shape[:2]) - ROWS
+        rows[...] = jnp.pad(values, ((0, excess), (0, 0))).reshape(program.rows_shape)
+    elif hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses a store whose banks collide
+        plgpu.store(rows, values, optimized=False)
+    else:
+        rows[...] = values

@@ -1,0 +1,108 @@
+"""Every shipped Mosaic GPU kernel compiles to Hopper's machine code and keeps its state in registers.
+
+One process per compilation: after one that fails, Mosaic GPU fails at the next ones too, and a wrong
+architecture ends the process. What it makes of a kernel, it writes into a folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from deviceless import H200
+
+from jaxattn_kernels.mosaic import HEAD_DIMS
+
+pytestmark = pytest.mark.compile
+
+PROGRAM = """
+import sys
+import jax
+import jax.numpy as jnp
+from deviceless import H200, compile_for
+from jaxattn_kernels.mosaic import KeyLookup, TileArrays, ragged_attention, tokens_per_consumer
+
+head_dim, group_size, page_size, num_consumers, masked = map(int, sys.argv[1:])
+tokens, rows, pages, num_kv_heads = 1024, 16, 512, 4
+
+
+def ints(n):
+    return jax.ShapeDtypeStruct((n,), jnp.int32)
+
+
+def attend(q, k, v, kv_start, kv_end, start, page_list, tiles):
+    return ragged_attention(
+        q, k, v, kv_start, kv_end,
+        KeyLookup(start, page_list if page_size else None),
+        ((tiles, num_consumers * tokens_per_consumer(group_size)),),
+        page_size=page_size or None, scale=0.1,
+        logits_soft_cap=30.0 if masked else None, windowed=bool(masked),
+    )
+
+
+q = jax.ShapeDtypeStruct((tokens, num_kv_heads * group_size, head_dim), jnp.bfloat16)
+k = jax.ShapeDtypeStruct((pages * page_size or tokens, num_kv_heads, head_dim), jnp.bfloat16)
+tiles = TileArrays(*[ints(64)] * 5)
+compile_for(H200, attend, q, k, k, ints(tokens), ints(tokens), ints(rows + 1), ints(pages), tiles)
+"""
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel: registers per thread, bytes spilled, bytes of shared memory, and its PTX."""
+
+    registers: int
+    spilled: int
+    shared_memory: int
+    ptx: str
+
+
+def compile_kernel(folder: Path, *arguments: int) -> Compiled:
+    environment = os.environ | {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    (report,), (ptx,), (resources,) = (
+        [path.read_text() for path in folder.glob(pattern)]
+        for pattern in ("*.ptxas", "*.ptx", "*.resources.txt")
+    )
+
+    def number(pattern: str, text: str) -> int:
+        found = re.search(pattern, text)
+        assert found, f"no {pattern} in {text}"
+        return int(found[1])
+
+    return Compiled(
+        registers=number(r"Used (\d+) registers", report),
+        spilled=number(r"(\d+) bytes spill stores", report),
+        shared_memory=number(r"smem_scratch_bytes=(\d+)", resources),
+        ptx=ptx,
+    )
+
+
+# Head dim, heads per group, page size (0: packed), consumers, window and cap.
+CASES = [
+    *((head_dim, 4, 16, consumers, 1) for head_dim, consumers in itertools.product(HEAD_DIMS, (1, 2))),
+    *((head_dim, 1, 64, consumers, 0) for head_dim, consumers in zip(HEAD_DIMS, (2, 1, 2), strict=True)),
+    (128, 7, 0, 2, 0),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_kernels_stay_in_registers(case, tmp_path):
+    kernel = compile_kernel(tmp_path, *case)
+    print(f"{case}: {kernel.registers} registers, {kernel.shared_memory} bytes of shared memory")
+    assert kernel.spilled == 0
+    assert kernel.shared_memory <= H200.shared_memory
+    assert "wgmma.mma_async" in kernel.ptx, "products run on the tensor cores"
+    assert "cp.async.bulk.tensor" in kernel.ptx, "keys and values come through the copy engine"
+    assert not re.search(r"(ld|st)\.local", kernel.ptx)
+    assert ("setmaxnreg" in kernel.ptx) == (case[3] == 2), (
+        "the producer leaves its registers to two consumers"
+    )

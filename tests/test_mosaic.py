@@ -1,0 +1,281 @@
+"""The Mosaic GPU kernel in the simulator of the GPU, its race detector always on.
+
+A race, a wait that never ends and a read of what was never written all fail a test. What only the
+hardware refuses is tested in `compile/test_mosaic_sass.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from oracle import Problem
+from tolerances import assert_as_good_as
+
+from jaxattn import AttentionSpec, Bucket, attention, mosaic, prepare_metadata
+from jaxattn.cases import ODD, Workload, nest_workload
+from jaxattn_kernels import mosaic as kernel
+
+SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
+# One bucket, hence one program per layer, for all small workloads.
+SMALL, SLOTS = Bucket(160, 5), 640
+
+
+@functools.lru_cache(maxsize=4)
+def simulated(spec: AttentionSpec, interpret: plgpu.InterpretGPUParams = SIMULATED):
+    return jax.jit(lambda q, k, v, metadata: mosaic.attend(q, k, v, metadata, spec, interpret=interpret)[0])
+
+
+@functools.lru_cache(maxsize=4)
+def plain(spec: AttentionSpec):
+    return jax.jit(lambda q, k, v, metadata: attention(q, k, v, metadata, spec, implementation="xla"))
+
+
+def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: str, bucket: Bucket = SMALL):
+    """Queries, keys, values and metadata; whatever belongs to nobody is NaN."""
+    if page_size is None:
+        batch = nest_workload(problem.workload, bucket=bucket)
+        k, v = (problem.packed(x, bucket.tokens) for x in (problem.k, problem.v))
+    else:
+        num_pages = max(SLOTS, sum(problem.workload.kv_lens)) // page_size + bucket.seqs
+        tables, k, v = problem.pages(page_size, num_pages=num_pages)
+        bucket = Bucket(bucket.tokens, bucket.seqs, num_pages)
+        batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
+    q, k, v = (jnp.asarray(x, dtype) for x in (problem.packed(problem.q, bucket.tokens), k, v))
+    return q, k, v, prepare_metadata(batch, spec, consumers=("mosaic", "xla"))
+
+
+def check(workload: Workload, spec: AttentionSpec, page_size: int | None, dtype: str = "bfloat16"):
+    """As precise as XLA, and zero in the padding."""
+    problem = Problem.draw(workload, spec)
+    args = inputs(problem, spec, page_size, dtype)
+    got, expected = (np.asarray(f(spec)(*args), np.float64) for f in (simulated, plain))
+    n = sum(workload.q_lens)
+    assert_as_good_as(got[:n], expected[:n], problem.expected(spec), jnp.dtype(dtype))
+    np.testing.assert_array_equal(got[n:], 0)
+
+
+def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) -> AttentionSpec:
+    return AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
+
+
+LAYERS = {
+    "mha": (layer(2, 2), 16, "bfloat16"),
+    "two heads per group, window and cap, small pages": (
+        layer(2, 1, sliding_window=7, logits_soft_cap=5.0),
+        8,
+        "float16",
+    ),
+    "four heads per group, window of several pages": (layer(4, 1, 128, sliding_window=40), 64, "bfloat16"),
+    "eight heads per group, cap": (layer(8, 1, logits_soft_cap=5.0), 16, "bfloat16"),
+    "rows that no head fills, pages larger than a block": (layer(3, 1), 256, "float16"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_agrees_with_xla(name):
+    check(ODD[3], *LAYERS[name])
+
+
+def test_every_kind_of_batch():
+    for workload in ODD[:3]:
+        check(workload, layer(4, 1), 16)
+
+
+def test_many_key_blocks():
+    """More blocks than shared memory holds, for one consumer and for two."""
+    workload = Workload("long", (1, 130), (699, 513), "several key blocks")
+    check(workload, layer(1, 1, sliding_window=600), 16)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_keys(causal):
+    check(ODD[0], layer(2, 1, causal=causal), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
+@pytest.mark.parametrize("page_size", [8, 16, 64, None])
+@pytest.mark.parametrize("group_size", [1, 2, 4, 5, 8, 16])
+def test_agrees_with_xla_everywhere(group_size, page_size, head_dim):
+    for options in ({}, {"sliding_window": 33}, {"logits_soft_cap": 30.0}):
+        for workload in ODD if page_size else ODD[:1]:
+            check(workload, layer(group_size, 1, head_dim, **options), page_size)
+
+
+def test_a_number_of_tokens_that_no_tile_divides():
+    spec = layer(2, 1)
+    problem = Problem.draw(Workload("odd", (5, 6), (0, 0), ""), spec)
+    got = simulated(spec)(*inputs(problem, spec, None, "float16", Bucket(11, 2)))
+    np.testing.assert_allclose(np.asarray(got, np.float64), problem.expected(spec), atol=5e-3)
+
+
+class _Marked:
+    """A barrier, or one of several, that the functions below recognise."""
+
+    def __init__(self, real):
+        self.real = real
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return _Marked(self.real.at[index])
+
+
+def forget_to_wait(monkeypatch, role: str, barrier: str) -> None:
+    """One role does not wait for a barrier."""
+    real_role, real_wait, real_arrive = getattr(kernel, role), plgpu.barrier_wait, plgpu.barrier_arrive
+
+    def act(*args):
+        *others, barriers = args
+        real_role(*others, barriers._replace(**{barrier: _Marked(getattr(barriers, barrier))}))
+
+    monkeypatch.setattr(kernel, role, act)
+    monkeypatch.setattr(plgpu, "barrier_wait", lambda b: None if isinstance(b, _Marked) else real_wait(b))
+    monkeypatch.setattr(
+        plgpu, "barrier_arrive", lambda b: real_arrive(b.real if isinstance(b, _Marked) else b)
+    )
+
+
+def release_too_early(monkeypatch, ready: str, free: str) -> None:
+    """Consumers release a stage when it has arrived, before they have read it."""
+    real_consume: Any = kernel._consume
+    real_wait, real_arrive = plgpu.barrier_wait, plgpu.barrier_arrive
+    free_of = {}
+
+    def consume(*args):
+        *others, barriers = args
+        marks = {name: _Marked(getattr(barriers, name)) for name in (ready, free)}
+        free_of["stage"] = getattr(barriers, free)
+        real_consume(*others, barriers._replace(**marks))
+
+    def wait(barrier):
+        if not isinstance(barrier, _Marked):
+            return real_wait(barrier)
+        real_wait(barrier.real)
+        (index,) = barrier.real.transforms[-1].indices
+        return real_arrive(free_of["stage"].at[index])
+
+    monkeypatch.setattr(kernel, "_consume", consume)
+    monkeypatch.setattr(plgpu, "barrier_wait", wait)
+    monkeypatch.setattr(plgpu, "barrier_arrive", lambda b: None if isinstance(b, _Marked) else real_arrive(b))
+
+
+def forget_to_commit(monkeypatch) -> None:
+    """What the threads wrote is not made visible to the copy engine and the tensor cores."""
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+
+
+def clear_too_late(monkeypatch) -> None:
+    """The consumer that comes last clears the values that belong to nobody."""
+    real: Any = kernel._clear_strangers
+    monkeypatch.setattr(
+        kernel, "_clear_strangers", lambda program, tile, me, *args: real(program, tile, 1 - me, *args)
+    )
+
+
+# Each with the keys that show it: a stage is used twice, or once.
+MISTAKES = {
+    "none": (lambda monkeypatch: None, 320),
+    "keys are released before they are read": (
+        functools.partial(release_too_early, ready="k_ready", free="k_free"),
+        320,
+    ),
+    "values are released before they are read": (
+        functools.partial(release_too_early, ready="v_ready", free="v_free"),
+        320,
+    ),
+    "keys are read before they arrive": (
+        functools.partial(forget_to_wait, role="_consume", barrier="k_ready"),
+        170,
+    ),
+    "values are read before they arrive": (
+        functools.partial(forget_to_wait, role="_consume", barrier="v_ready"),
+        170,
+    ),
+    "the second consumer clears values": (clear_too_late, 170),
+    "writes are not committed": (forget_to_commit, 170),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog):
+    make, num_keys = MISTAKES[mistake]
+    make(monkeypatch)
+    spec = layer(1, 1)
+    problem = Problem.draw(Workload("one tile", (70,), (num_keys - 70,), ""), spec)
+    args = inputs(problem, spec, 64, "bfloat16", Bucket(72, 1))
+    warns = plgpu.InterpretGPUParams(detect_races=True, on_race="warn")
+    jax.block_until_ready(mosaic.attend(*args, spec, interpret=warns))
+    assert ("RACE DETECTED" in caplog.text) == (mistake != "none")
+
+
+TARGET = {"platforms": ["cuda"], "disabled_checks": [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]}
+
+
+def count_kernels(spec: AttentionSpec, page_size: int | None) -> int:
+    """Kernels in the program that is exported for a GPU."""
+    args = inputs(Problem.draw(ODD[0], spec), spec, page_size, "bfloat16")
+    attend = jax.jit(functools.partial(attention, spec=spec, implementation="mosaic"))
+    return export.export(attend, **TARGET)(*args).mlir_module().count("custom_call @mosaic_gpu_v2")
+
+
+@pytest.mark.parametrize("page_size", [8, 128, None])
+@pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
+def test_is_exported_for_cuda_from_anywhere(head_dim, page_size):
+    spec = layer(6, 2, head_dim, sliding_window=40, logits_soft_cap=5.0)
+    assert count_kernels(spec, page_size) == 2, "one for short queries and one for long ones"
+
+
+def test_is_exported_with_64_bit_types_enabled():
+    with jax.enable_x64(True):
+        assert count_kernels(layer(2, 1), 16) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "float32"}, "dtype float32 is not one of bfloat16, float16"),
+        ({"head_dim": 80}, "head_dim=80 is not one of 64, 128, 256"),
+        ({"group_size": 65}, "65 query heads per key head exceed the 64 rows"),
+        ({"page_size": 12}, "page_size=12 is not a multiple of 8"),
+        ({"page_size": 24}, "page_size=24 neither divides nor is a multiple"),
+    ],
+)
+def test_what_the_kernel_cannot_serve_has_a_reason(options, reason):
+    possible = {"dtype": "bfloat16", "head_dim": 64, "group_size": 3, "page_size": 16}
+    assert kernel.obstacle(**possible) is None
+    assert reason in kernel.obstacle(**(possible | options))
+
+
+@pytest.mark.parametrize("name", ["sinks", "return_lse"])
+def test_attention_refuses_what_the_kernel_does_not_have(name):
+    spec = layer(2, 1, sinks=name == "sinks")
+    args = inputs(Problem.draw(ODD[0], spec), spec, 16, "bfloat16")
+    options: dict[str, Any] = {"sinks": jnp.zeros(2)} if name == "sinks" else {"return_lse": True}
+    with pytest.raises(NotImplementedError, match=f"it has no {name} yet; use 'triton'"):
+        attention(*args, spec, implementation="mosaic", **options)
+
+
+def test_attention_refuses_what_the_kernel_cannot_serve():
+    spec = layer(2, 1)
+    args = inputs(Problem.draw(ODD[0], spec), spec, 16, "float32")
+    with pytest.raises(
+        NotImplementedError, match=r"implementation=.mosaic. cannot serve .* float32.*; use 'triton'"
+    ):
+        attention(*args, spec, implementation="mosaic")
+
+
+def test_does_not_run_elsewhere():
+    spec = layer(2, 1)
+    args = inputs(Problem.draw(ODD[0], spec), spec, 16, "bfloat16")
+    with pytest.raises(ValueError, match=r"[Oo]nly interpret mode is supported on CPU"):
+        attention(*args, spec, implementation="mosaic")
