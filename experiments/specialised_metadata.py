@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import AttentionMetadata, AttentionSpec, RaggedBatch
-from jaxattn.consumers import triton_tiling, xla_tiling
+from jaxattn.consumers import mosaic_tiling, triton_tiling, xla_tiling
 from jaxattn.schedule import Tiling
 from jaxattn.spec import Visibility, WindowClass
 
@@ -221,6 +221,11 @@ def triton_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
     return _tile_reader(batch, specs, triton_tiling, TRITON_TILE)
 
 
+def mosaic_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
+    """What `jaxattn.mosaic` reads."""
+    return _tile_reader(batch, specs, mosaic_tiling, TRITON_TILE)
+
+
 def write_cache_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec] = ()) -> Arrays:
     """What writing keys into their pages reads."""
     del specs
@@ -251,6 +256,7 @@ SPECIALISED: dict[str, Callable[[RaggedBatch, Iterable[AttentionSpec]], Arrays]]
     "reference": reference_arrays,
     "xla": xla_arrays,
     "triton": triton_arrays,
+    "mosaic": mosaic_arrays,
     "write_cache": write_cache_arrays,
     "decoder": decoder_arrays,
 }
@@ -281,7 +287,8 @@ def read_by(consumer: str, metadata: AttentionMetadata, specs: Iterable[Attentio
         found |= {f"kv_start/{i}": visible.kv_start, f"kv_end/{i}": visible.kv_end}
         if consumer == "reference":
             continue
-        tiling, tile_names = (xla_tiling, XLA_TILE) if consumer == "xla" else (triton_tiling, TRITON_TILE)
+        tiling = {"xla": xla_tiling, "triton": triton_tiling, "mosaic": mosaic_tiling}[consumer]
+        tile_names = XLA_TILE if consumer == "xla" else TRITON_TILE
         lists = zip(("short", "long"), visible.schedule(tiling(spec)).lists, strict=False)
         found |= {f"{kind}.{name}/{i}": getattr(tiles, name) for kind, tiles in lists for name in tile_names}
     return found
