@@ -34,7 +34,7 @@ test-oldest:
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile:
 	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -m compile
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -n auto -m compile
 
 tables: $(VENV)/installed
 	$(PYTHON) -m jaxattn.field_tables README.md DESIGN.md
