@@ -277,7 +277,7 @@ def together(buckets: Sequence[str] = tuple(BUCKETS)) -> list[dict[str, Any]]:
             rows.append(case | {"what": "all consumers"} | {k: c._asdict() for k, c in costs.items()})
             for consumer in IMPLEMENTATIONS:
                 if consumer == "triton":
-                    continue  # a class of its also has a split plan of its own; 1 compares it
+                    continue  # its classes have split plans of their own, which 1 compares
                 costs = compare_further_class(consumer, (GLOBAL, SLIDING, WIDER), batch)
                 rows.append(
                     case
