@@ -7,6 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxattn.consumers import mosaic_tiling
+from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels import mosaic as kernel
@@ -41,22 +42,12 @@ def attend(
         does not write.
     """
     del sinks
-    visible = metadata.visible_keys(spec.window_class)
-    schedule = visible.schedule(mosaic_tiling(spec))
-    paged = k.ndim == 4
-    start = metadata.page_indptr if paged else metadata.cu_kv_lens
     out = kernel.ragged_attention(
         q,
         k.reshape(-1, *k.shape[-2:]),
         v.reshape(-1, *v.shape[-2:]),
-        visible.kv_start,
-        visible.kv_end,
-        kernel.KeyLookup(start=start, pages=metadata.page_list if paged else None),
-        tuple(
-            (kernel.TileArrays(t.seq, t.q_start, t.q_len, t.kv_start, t.kv_end), t.block_q)
-            for t in schedule.lists
-        ),
-        page_size=k.shape[1] if paged else None,
+        *kernel_inputs(metadata, spec, mosaic_tiling(spec)),
+        page_size=k.shape[1] if k.ndim == 4 else None,
         scale=spec.softmax_scale,
         logits_soft_cap=spec.logits_soft_cap,
         windowed=spec.window_class.span is not None,

@@ -6,8 +6,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxattn.consumers import triton_tiling
+from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn.metadata import AttentionMetadata
-from jaxattn.schedule import SplitPlan, Tiles
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels import triton as kernel
 
@@ -35,22 +35,17 @@ def attend(
         Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
         -inf for padding.
     """
-    visible = metadata.visible_keys(spec.window_class)
-    schedule = visible.schedule(triton_tiling(spec))
-    paged = k.ndim == 4
-    start = metadata.page_indptr if paged else metadata.cu_kv_lens
-    lookup = kernel.KeyLookup(start=start, pages=metadata.page_list if paged else None)
+    inputs = kernel_inputs(metadata, spec, triton_tiling(spec))
+    page_size = k.shape[1] if k.ndim == 4 else None
 
     def run(q: Array, k: Array, v: Array, *, interpret: bool) -> tuple[Array, Array]:
         return kernel.ragged_attention(
             q,
             k.reshape(-1, *k.shape[-2:]),
             v.reshape(-1, *v.shape[-2:]),
-            kernel.VisibleRange(visible.kv_start, visible.kv_end),
-            lookup,
-            tuple(_tile_list(tiles) for tiles in schedule.lists),
+            *inputs,
             sinks=sinks,
-            page_size=k.shape[1] if paged else None,
+            page_size=page_size,
             scale=spec.softmax_scale,
             logits_soft_cap=spec.logits_soft_cap,
             windowed=spec.window_class.span is not None,
@@ -65,12 +60,3 @@ def attend(
         cuda=lambda *args: run(*args, interpret=False),
         default=lambda *args: run(*args, interpret=True),
     )
-
-
-def _tile_list(tiles: Tiles) -> kernel.TileList:
-    arrays = kernel.TileArrays(tiles.seq, tiles.q_start, tiles.q_len, tiles.kv_start, tiles.kv_end)
-    return kernel.TileList(arrays, tiles.block_q, None if tiles.split is None else _split_arrays(tiles.split))
-
-
-def _split_arrays(split: SplitPlan) -> kernel.SplitArrays:
-    return kernel.SplitArrays(split.tile, split.kv_start, split.kv_end, split.indptr)

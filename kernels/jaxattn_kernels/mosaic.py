@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxattn_kernels.triton import KeyLookup, TileArrays
+from jaxattn_kernels.arrays import KeyLookup, TileList, VisibleRange
 
 # Softmax in base 2: the GPU has exp2, and log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
@@ -103,10 +103,9 @@ def ragged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_start: jax.Array,
-    kv_end: jax.Array,
+    visible: VisibleRange,
     lookup: KeyLookup,
-    tile_lists: tuple[tuple[TileArrays, int], ...],
+    tile_lists: tuple[TileList, ...],
     *,
     page_size: int | None,
     scale: float,
@@ -121,16 +120,15 @@ def ragged_attention(
         q: `[T, N, H]` Queries, packed.
         k: `[S, K, H]` Keys on one flat axis, packed or pages one after the other.
         v: `[S, K, H]` Values.
-        kv_start: `[T]` First visible key of each token, as a position in its sequence.
-        kv_end: `[T]` One past the last visible key.
+        visible: Which keys each token sees.
         lookup: Where a sequence's keys lie.
-        tile_lists: Each list with its tokens per tile; at most `tokens_per_consumer` for one consumer,
-            at most twice as many for two.
+        tile_lists: The tiles, unsplit; of at most `tokens_per_consumer` tokens for one consumer, of at
+            most twice as many for two.
         page_size: Tokens per page, or None for packed keys.
         scale: Factor on q·k.
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
-        windowed: Whether a token's range may begin after the sequence does; otherwise `kv_start`
-            is 0 everywhere.
+        windowed: Whether a token's range may begin after the sequence does; otherwise
+            `visible.start` is 0 everywhere.
         interpret: `plgpu.InterpretGPUParams` to simulate the GPU on a CPU; None to compile.
         config: Sizes of the launches; chosen by `config_for` where None.
 
@@ -148,7 +146,7 @@ def ragged_attention(
     # All launches write into one buffer. Interpreted, a row that none of them writes is NaN.
     blank = lax.empty(q.shape, q.dtype) if interpret is None else jnp.full(q.shape, jnp.nan, q.dtype)
     out_ref = jax.new_ref(blank)
-    for tiles, block_q in tile_lists:
+    for tiles, block_q, _, _ in tile_lists:
         program = _Program(
             group_size=group_size,
             head_dim=head_dim,
@@ -161,7 +159,7 @@ def ragged_attention(
             interpreted=interpret is not None,
             config=config,
         )
-        _launch(program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref, interpret)
+        _launch(program, q, k, v, visible, lookup, tiles, out_ref, interpret)
     return jax.freeze(out_ref)
 
 
@@ -267,10 +265,10 @@ class _Barriers(NamedTuple):
     turn: Any  # two consumers change places at the tensor cores; None for one
 
 
-def _launch(program: _Program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref, interpret) -> None:
+def _launch(program: _Program, q, k, v, visible, lookup, tiles, out_ref, interpret) -> None:
     """Run one list of tiles; writes into `out_ref`."""
     sizes, consumers, H = program.sizes, program.num_consumers, program.head_dim
-    plan, row_start, row_end = _plan(program, kv_start, kv_end, lookup, tiles)
+    plan, row_start, row_end = _plan(program, visible, lookup, tiles)
     inputs = [plan, row_end]
     inputs += [row_start] if program.masks_start else []
     inputs += [lookup.pages] if lookup.pages is not None else []
@@ -314,7 +312,7 @@ def _launch(program: _Program, q, k, v, kv_start, kv_end, lookup, tiles, out_ref
     )(*inputs, q, k, v, out_ref)
 
 
-def _plan(program: _Program, kv_start, kv_end, lookup, tiles):
+def _plan(program: _Program, visible, lookup, tiles):
     """Gather each tile's part of the metadata: `[W, fields of _Tile]`, and twice `[W, consumers, ROWS]`.
 
     Returns:
@@ -331,8 +329,8 @@ def _plan(program: _Program, kv_start, kv_end, lookup, tiles):
     token = consumer * program.tokens + row // G  # of each row, in its tile
     live = (row < program.tokens * G) & (token < per_row(tiles.q_len))
     place = per_row(tiles.q_start) + token
-    row_start = jnp.where(live, kv_start.at[place].get(mode="clip"), 0)
-    row_end = jnp.where(live, kv_end.at[place].get(mode="clip"), 0)
+    row_start = jnp.where(live, visible.start.at[place].get(mode="clip"), 0)
+    row_end = jnp.where(live, visible.end.at[place].get(mode="clip"), 0)
     first, end, key_base = tiles.kv_start, tiles.kv_end, lookup.start[tiles.seq]
     if program.page_size is None:
         # Key 0 of what the program reads lies at a multiple of eight.

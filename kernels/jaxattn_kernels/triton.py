@@ -22,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxattn_kernels.arrays import Attended, KeyLookup, TileList, VisibleRange
+
 # Softmax in base 2: the GPU has exp2, and log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
 # Finite, so that a row that has seen nothing yet has exp2(NEG - NEG) = 1 and not NaN.
@@ -51,76 +53,6 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     max_rows: int = 128
-
-
-class TileArrays(NamedTuple):
-    """A list of W tiles, as int32 arrays of length W (see `jaxattn.schedule.Tiles`)."""
-
-    seq: jax.Array
-    q_start: jax.Array
-    q_len: jax.Array
-    kv_start: jax.Array
-    kv_end: jax.Array
-
-
-class SplitArrays(NamedTuple):
-    """How the keys of W tiles are split into U units (see `jaxattn.schedule.SplitPlan`).
-
-    Attributes:
-        tile: `[U]` Tile of the unit; W for a dead one.
-        kv_start: `[U]` Its first key.
-        kv_end: `[U]` One past its last key.
-        indptr: `[W + 1]` Prefix sums of the units of each tile.
-    """
-
-    tile: jax.Array
-    kv_start: jax.Array
-    kv_end: jax.Array
-    indptr: jax.Array
-
-
-class TileList(NamedTuple):
-    """Tiles of at most `block_q` tokens, and how their keys are split, if they are."""
-
-    tiles: TileArrays
-    block_q: int
-    split: SplitArrays | None
-
-
-class KeyLookup(NamedTuple):
-    """Where the keys of a sequence lie on the flat key axis.
-
-    Attributes:
-        start: `[R + 1]` The sequence's first entry in `pages`, or, unpaged, its first key.
-        pages: `[P]` Physical pages, or None for keys that are packed.
-    """
-
-    start: jax.Array
-    pages: jax.Array | None
-
-
-class VisibleRange(NamedTuple):
-    """Which keys each token sees, as positions in its sequence.
-
-    Attributes:
-        start: `[T]` The first key.
-        end: `[T]` One past the last key.
-    """
-
-    start: jax.Array
-    end: jax.Array
-
-
-class Attended(NamedTuple):
-    """What attention returns, of all keys of a token or of some.
-
-    Attributes:
-        out: `[rows, N, H]` Outputs.
-        lse: `[rows, N]` float32 Logarithm of the softmax's denominator.
-    """
-
-    out: jax.Array
-    lse: jax.Array
 
 
 def config_for(*, block_rows: int, head_dim: int, itemsize: int) -> KernelConfig:
@@ -240,7 +172,7 @@ def _attend_list(
     q, k, v, visible, lookup, tile_list, sinks, done, *, config, interpret, **options
 ) -> Attended:
     """Attend with one list, into `done`, the results of the lists before it, where there are any."""
-    tiles, tile_q, split = tile_list
+    tiles, tile_q, split, _ = tile_list
     (T, N, H), K = q.shape, k.shape[1]
     config = config or config_for(block_rows=_block(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize)
     block_q = max(1, min(tile_q, config.max_rows // (N // K)))

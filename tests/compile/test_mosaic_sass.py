@@ -26,7 +26,8 @@ import sys
 import jax
 import jax.numpy as jnp
 from deviceless import H200, compile_for
-from jaxattn_kernels.mosaic import KeyLookup, TileArrays, ragged_attention, tokens_per_consumer
+from jaxattn_kernels.arrays import KeyLookup, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.mosaic import ragged_attention, tokens_per_consumer
 
 head_dim, group_size, page_size, num_consumers, masked = map(int, sys.argv[1:])
 tokens, rows, pages, num_kv_heads = 1024, 16, 512, 4
@@ -36,11 +37,11 @@ def ints(n):
     return jax.ShapeDtypeStruct((n,), jnp.int32)
 
 
-def attend(q, k, v, kv_start, kv_end, start, page_list, tiles):
+def attend(q, k, v, visible, start, page_list, tiles):
     return ragged_attention(
-        q, k, v, kv_start, kv_end,
+        q, k, v, visible,
         KeyLookup(start, page_list if page_size else None),
-        ((tiles, num_consumers * tokens_per_consumer(group_size)),),
+        (TileList(tiles, num_consumers * tokens_per_consumer(group_size), None),),
         page_size=page_size or None, scale=0.1,
         logits_soft_cap=30.0 if masked else None, windowed=bool(masked),
     )
@@ -49,7 +50,8 @@ def attend(q, k, v, kv_start, kv_end, start, page_list, tiles):
 q = jax.ShapeDtypeStruct((tokens, num_kv_heads * group_size, head_dim), jnp.bfloat16)
 k = jax.ShapeDtypeStruct((pages * page_size or tokens, num_kv_heads, head_dim), jnp.bfloat16)
 tiles = TileArrays(*[ints(64)] * 5)
-compile_for(H200, attend, q, k, k, ints(tokens), ints(tokens), ints(rows + 1), ints(pages), tiles)
+visible = VisibleRange(ints(tokens), ints(tokens))
+compile_for(H200, attend, q, k, k, visible, ints(rows + 1), ints(pages), tiles)
 """
 
 

@@ -15,15 +15,8 @@ from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, 
 
 from jaxattn.consumers import triton_tiling
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.triton import (
-    KernelConfig,
-    KeyLookup,
-    SplitArrays,
-    TileArrays,
-    TileList,
-    VisibleRange,
-    ragged_attention,
-)
+from jaxattn_kernels.arrays import KeyLookup, SplitArrays, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.triton import KernelConfig, ragged_attention
 
 pytestmark = pytest.mark.compile
 

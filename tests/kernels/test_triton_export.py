@@ -19,14 +19,8 @@ from jaxattn.batch import abstract_batch
 from jaxattn.buckets import Bucket
 from jaxattn.metadata import prepare_metadata
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.triton import (
-    KernelConfig,
-    KeyLookup,
-    TileArrays,
-    TileList,
-    VisibleRange,
-    ragged_attention,
-)
+from jaxattn_kernels.arrays import KeyLookup, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.triton import KernelConfig, ragged_attention
 
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
 PREFILL = Bucket(tokens=256, seqs=8, pages=64)

@@ -1,0 +1,86 @@
+"""What every kernel takes and returns: the metadata's part for it, as plain arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class TileArrays(NamedTuple):
+    """A list of W tiles, as int32 arrays of length W (see `jaxattn.schedule.Tiles`)."""
+
+    seq: jax.Array
+    q_start: jax.Array
+    q_len: jax.Array
+    kv_start: jax.Array
+    kv_end: jax.Array
+
+
+class SplitArrays(NamedTuple):
+    """How the keys of W tiles are split into U units (see `jaxattn.schedule.SplitPlan`).
+
+    Attributes:
+        tile: `[U]` Tile of the unit; W for a dead one.
+        kv_start: `[U]` Its first key.
+        kv_end: `[U]` One past its last key.
+        indptr: `[W + 1]` Prefix sums of the units of each tile.
+    """
+
+    tile: jax.Array
+    kv_start: jax.Array
+    kv_end: jax.Array
+    indptr: jax.Array
+
+
+class TileList(NamedTuple):
+    """Tiles of at most `block_q` tokens.
+
+    Attributes:
+        tiles: The tiles.
+        block_q: Tokens per tile, at most.
+        split: How their keys are split, if they are.
+        order: `[W]` The tile that comes first, second, ... where they are not split; None for the order
+            in which they stand.
+    """
+
+    tiles: TileArrays
+    block_q: int
+    split: SplitArrays | None
+    order: jax.Array | None = None
+
+
+class KeyLookup(NamedTuple):
+    """Where the keys of a sequence lie on the flat key axis.
+
+    Attributes:
+        start: `[R + 1]` The sequence's first entry in `pages`, or, unpaged, its first key.
+        pages: `[P]` Physical pages, or None for keys that are packed.
+    """
+
+    start: jax.Array
+    pages: jax.Array | None
+
+
+class VisibleRange(NamedTuple):
+    """Which keys each token sees, as positions in its sequence.
+
+    Attributes:
+        start: `[T]` The first key.
+        end: `[T]` One past the last key.
+    """
+
+    start: jax.Array
+    end: jax.Array
+
+
+class Attended(NamedTuple):
+    """What attention returns, of all keys of a token or of some.
+
+    Attributes:
+        out: `[rows, N, H]` Outputs.
+        lse: `[rows, N]` float32 Logarithm of the softmax's denominator.
+    """
+
+    out: jax.Array
+    lse: jax.Array
