@@ -1,6 +1,8 @@
-"""Attention by the Pallas Mosaic GPU kernel: the metadata's part for it, as arrays."""
+"""Attention by the Pallas Mosaic GPU kernels: the metadata's part for them, as arrays."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -10,7 +12,8 @@ from jaxattn.consumers import mosaic_tiling
 from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels import mosaic as kernel
+from jaxattn_kernels import blackwell
+from jaxattn_kernels import mosaic as hopper
 
 
 def attend(
@@ -20,10 +23,11 @@ def attend(
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     *,
-    sinks: None = None,
+    sinks: Float[Array, " N"] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "T N H"], None]:
-    """Attend with the kernel, compiled for a Hopper GPU.
+    capability: str | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"] | None]:
+    """Attend with the kernel, compiled for a Hopper or a Blackwell GPU.
 
     Interpreting is a choice of the caller. The interpreter works by ordered callbacks, and JAX cannot
     lower a program for one platform whose branch for another has them, so the platform cannot choose.
@@ -34,15 +38,18 @@ def attend(
         v: Values, like the keys.
         metadata: The batch's metadata, with the schedule of this implementation.
         spec: The layer.
-        sinks: None: the kernel has no sinks.
+        sinks: Logits of the sinks, or None; Hopper's kernel has none.
         interpret: How to simulate the GPU on a CPU; None to compile.
+        capability: Compute capability of the GPU, such as "10.0"; where None, that of the first device,
+            and without a GPU, Hopper's.
 
     Returns:
-        Outputs in the dtype of `q`; zero for padding. None in place of the log-sum-exp, which the kernel
-        does not write.
+        Outputs in the dtype of `q`, zero for padding; and the log-sum-exp, or None from Hopper's kernel,
+        which does not write it.
     """
-    del sinks
-    out = kernel.ragged_attention(
+    kernel: Any = _kernel(capability)
+    options = {} if kernel is hopper else {"sinks": sinks}
+    done = kernel.ragged_attention(
         q,
         k.reshape(-1, *k.shape[-2:]),
         v.reshape(-1, *v.shape[-2:]),
@@ -52,12 +59,22 @@ def attend(
         logits_soft_cap=spec.logits_soft_cap,
         windowed=spec.window_class.span is not None,
         interpret=interpret,
+        **options,
     )
-    return out, None
+    return (done, None) if kernel is hopper else done
 
 
-def obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike, page_size: int | None) -> str | None:
+def obstacle(
+    spec: AttentionSpec, dtype: jax.typing.DTypeLike, page_size: int | None, *, capability: str | None = None
+) -> str | None:
     """Why the kernel cannot serve a layer over keys in such pages; None where it can."""
-    return kernel.obstacle(
+    return _kernel(capability).obstacle(
         dtype=dtype, head_dim=spec.head_dim, group_size=spec.group_size, page_size=page_size
     )
+
+
+def _kernel(capability: str | None) -> Any:
+    """The kernel for a compute capability: each uses instructions that the other's GPUs do not have."""
+    if capability is None:
+        capability = getattr(jax.devices()[0], "compute_capability", None)
+    return blackwell if capability is not None and capability.startswith("10.") else hopper
