@@ -87,7 +87,8 @@ def attention(
             "reference", the plain definition in float32;
             "xla", pure XLA over the tile schedule;
             "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU;
-            "mosaic", the Pallas kernel for Hopper GPUs, and for them alone; "auto" does not choose it.
+            "mosaic", the Pallas kernels for Hopper and Blackwell GPUs, and for them alone; "auto" does
+            not choose it.
 
     Returns:
         One output per query token, in the dtype of `q`; zero for padding. With `return_lse`, also

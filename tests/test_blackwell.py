@@ -59,9 +59,13 @@ def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: 
     return q, k, v, prepare_metadata(batch, spec, consumers=("mosaic", "xla"))
 
 
-def check(workload: Workload, spec: AttentionSpec, page_size: int | None, dtype: str = "bfloat16"):
-    """As precise as XLA, and zero in the padding."""
+def check(
+    workload: Workload, spec: AttentionSpec, page_size: int | None, dtype: str = "bfloat16", growth: float = 1
+):
+    """As precise as XLA, and zero in the padding; the last keys are longer than the first by a factor."""
     problem = Problem.draw(workload, spec)
+    for k in problem.k:
+        k *= np.linspace(1, growth, len(k), dtype=np.float32)[:, None, None]
     n = sum(workload.q_lens)
     args = inputs(problem, spec, page_size, dtype, Bucket(n + 2, len(workload.q_lens)))
     logits = np.linspace(-2, 5, spec.num_q_heads, dtype=np.float32) if spec.sinks else None
@@ -119,8 +123,10 @@ def test_agrees_with_xla(name):
     check(workload, spec, page_size, dtype)
 
 
-def test_more_key_blocks_than_shared_memory_holds():
-    check(Workload("long", (1, 3), (699, 513), ""), layer(1, 1, sliding_window=600), 16)
+@pytest.mark.parametrize("growth", [1, 40])
+def test_more_key_blocks_than_shared_memory_holds(growth):
+    """Outputs are rescaled where scores grow, and only there."""
+    check(Workload("long", (1, 3), (699, 513), ""), layer(1, 1, sliding_window=600), 16, growth=growth)
 
 
 @pytest.mark.slow

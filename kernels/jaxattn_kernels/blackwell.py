@@ -41,8 +41,8 @@ threads of a warpgroup."""
 MAX_GROUP = ROWS // 2
 # Columns of tensor memory that the softmax warpgroup moves at a time, to spare registers.
 COLUMNS = 64
-# Weights may exceed 1 by this power of two before outputs are rescaled to a new maximum: 256 is exact enough
-# in 16 bits, and after the first blocks of a row its maximum seldom grows by so much.
+# Weights may reach this power of two before outputs are rescaled to a new maximum: 16-bit numbers are as
+# precise there as at 1, and after a row's first blocks its maximum seldom grows by so much.
 GROWTH = 8.0
 
 SOFTMAX, PRODUCER, PRODUCTS = range(3)  # the warpgroups
