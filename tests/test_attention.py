@@ -21,6 +21,7 @@ from jaxattn import (
     MissingFieldError,
     attention,
     choose_implementation,
+    nest_sequences,
     prepare_metadata,
 )
 from jaxattn.cases import ODD, Workload, nest_workload
@@ -160,6 +161,46 @@ def attention_with_lse(spec: AttentionSpec, implementation: str):
             q, k, v, m, spec, sinks=sinks, return_lse=True, implementation=implementation
         )
     )
+
+
+PREFIX_LM = {  # queries, contexts, prefixes: of no token, of some, of a whole query, within the context
+    "packed": ((70, 5, 33, 1), (0, 0, 0, 0), (40, 5, 0, 1)),
+    "chunked": ((70, 5, 33, 1), (0, 130, 0, 64), (65, 100, 33, 64)),
+}
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("kind", PREFIX_LM)
+def test_prefix_lm(kind, implementation):
+    """Tokens of the prefix see all of it; those behind it see what causal ones see."""
+    q_lens, context_lens, prefixes = PREFIX_LM[kind]
+    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=64, prefix_lm=True)
+    problem = Problem.draw(Workload(kind, q_lens, context_lens, ""), spec)
+    bucket, tables, layout = Bucket(tokens=160, seqs=8, pages=40), None, {}
+    if kind == "packed":
+        k, v = (problem.packed(x, bucket.tokens) for x in (problem.k, problem.v))
+        bucket = Bucket(tokens=160, seqs=8)
+    else:
+        tables, k, v = problem.pages(16, num_pages=40)
+        layout = {"context_lens": context_lens, "page_tables": tables, "page_size": 16}
+    batch = nest_sequences(
+        np.zeros(sum(q_lens), int), q_lens=q_lens, prefix_lm_lens=prefixes, bucket=bucket, **layout
+    )
+    got = compiled_attention(spec, implementation)(
+        *(jnp.asarray(x) for x in (problem.packed(problem.q, 160), k, v)), prepare_metadata(batch, spec)
+    )
+    exact, plain = (
+        np.concatenate(
+            [
+                attend_dense_with_lse(*s, spec, prefix=prefix, dtype=dtype)[0]
+                for *s, prefix in zip(problem.q, problem.k, problem.v, prefixes, strict=True)
+            ]
+        )
+        for dtype in (np.float64, np.float32)
+    )
+    n = sum(q_lens)
+    assert_as_good_as(np.asarray(got)[:n], plain, exact, jnp.dtype("float32"))
+    np.testing.assert_array_equal(got[n:], 0)
 
 
 # Each of a quantised type with another type of the queries, and options besides.
