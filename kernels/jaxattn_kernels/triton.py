@@ -39,10 +39,10 @@ NEG = -1e30
 MIN_DOT = 16
 MAX_HEAD_DIM = 256
 """The largest head that the kernel serves."""
-MAX_PROGRAMS = 2048
-"""Programs of one launch, at most: several waves on every GPU. Where a list has room for more units,
-each program takes every 2,048th of those that are live, so that room which a batch leaves empty costs
-nothing."""
+MAX_PROGRAMS = 512
+"""Programs of one launch, at most: what the largest GPUs run at once, three or four on each multiprocessor.
+Where a list has room for more units, each program takes every 512th of those that are live, so that room
+which a batch leaves empty costs nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,8 +102,9 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
     q = jax.ShapeDtypeStruct((tokens, num_q_heads, case.head_dim), case.dtype)
     kv_dtype = case.kv_dtype or case.dtype
     k = jax.ShapeDtypeStruct((pages * (case.page_size or 16), num_kv_heads, case.head_dim), kv_dtype)
-    per_token, tiles = ints(tokens), TileArrays(*[ints(64)] * 5)
-    split = SplitArrays(ints(units), ints(units), ints(units), ints(64 + 1))
+    # More units than a launch has programs: each loops over its share, and needs registers for that too.
+    per_token, tiles = ints(tokens), TileArrays(*[ints(units)] * 5)
+    split = SplitArrays(ints(units), ints(units), ints(units), ints(units + 1))
     sinks: Any = jax.ShapeDtypeStruct((num_q_heads,), jnp.float32)
     scale: Any = jax.ShapeDtypeStruct((num_kv_heads,), jnp.float32)
     args = (
@@ -118,7 +119,7 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
         tiles,
         split,
         tiles,
-        ints(64),
+        ints(units),
         ints(1),
     )
     return [k for k in compile_for(case.target, attend, *args) if "_attention" in k.name]
