@@ -91,12 +91,21 @@ def compile_for(target: Target, function: Callable[..., Any], *args: Any) -> lis
         RuntimeError: If the compiler is not installed.
         jax.errors.JaxRuntimeError: If XLA refuses the program, e.g. for want of shared memory.
     """
+    return kernels_of(target, lower_for(target, function, *args))
+
+
+def lower_for(target: Target, function: Callable[..., Any], *args: Any) -> Any:
+    """Lower a function for a GPU: the first half of `compile_for`."""
     sharding = SingleDeviceSharding(_topology(target).devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     device = AbstractDevice(target.name, None, "gpu")  # the number of cores is of no interest
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        lowered = jax.jit(function).lower(*args)
+        return jax.jit(function).lower(*args)
+
+
+def kernels_of(target: Target, lowered: Any) -> list[Kernel]:
+    """Compile what was lowered: the second half."""
     with tempfile.TemporaryDirectory() as folder:
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
         launches = _launches("".join(path.read_text() for path in Path(folder).glob("*thunk_sequence.txt")))

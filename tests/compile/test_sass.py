@@ -74,6 +74,11 @@ def every_pair() -> list[Case]:
 
 def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]:
     """The kernels of a case: for short queries (decode), for merging their parts, for long ones (prefill)."""
+    return [k for k in compile_for(case.target, *program_of(case, config)) if "_attention" in k.name]
+
+
+def program_of(case: Case, config: KernelConfig | None = None) -> tuple[Any, ...]:
+    """A function that attends with the kernels of a case, and its arguments."""
 
     def ints(n: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct((n,), jnp.int32)
@@ -97,19 +102,8 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
     per_token, tiles = ints(tokens), TileArrays(*[ints(64)] * 5)
     split = SplitArrays(ints(units), ints(units), ints(units), ints(64 + 1))
     sinks: Any = jax.ShapeDtypeStruct((num_q_heads,), jnp.float32)
-    args = (
-        q,
-        k,
-        k,
-        VisibleRange(per_token, per_token),
-        ints(rows + 1),
-        ints(pages),
-        sinks,
-        tiles,
-        split,
-        tiles,
-    )
-    return [k for k in compile_for(case.target, attend, *args) if "_attention" in k.name]
+    visible = VisibleRange(per_token, per_token)
+    return attend, q, k, k, visible, ints(rows + 1), ints(pages), sinks, tiles, split, tiles
 
 
 def stays_in_registers(kernel: Kernel) -> bool:
