@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 
 from jaxattn import mosaic, reference, triton, xla
 from jaxattn.batch import INT32_MAX
+from jaxattn.cache import QUANTIZED_DTYPES, check_scales
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
+from jaxattn_kernels.arrays import KVScales
 from jaxattn_kernels.triton import MAX_HEAD_DIM
 
 IMPLEMENTATIONS = {
@@ -24,6 +26,7 @@ IMPLEMENTATIONS = {
 
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
+_E4M3_MIN_CAPABILITY = 8.9
 
 
 class Choice(NamedTuple):
@@ -42,6 +45,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: Literal[False] = False,
     implementation: str = "auto",
 ) -> Array: ...
@@ -56,6 +61,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: Literal[True],
     implementation: str = "auto",
 ) -> tuple[Array, Array]: ...
@@ -69,6 +76,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "T N H"] | tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
@@ -77,11 +86,15 @@ def attention(
     Args:
         q: `[T, N, H]` Queries of all sequences, packed along one axis.
         k: Keys: for a batch nested with page tables, the pages `[pages, page_size, K, H]` of the
-            cache, this step's keys written already; for one without, `[T, K, H]`, one per token.
+            cache, this step's keys written already; for one without, `[T, K, H]`, one per token. In the
+            dtype of `q`, or quantised: int8, float8_e4m3fn or float8_e5m2.
         v: Values, like the keys.
         metadata: From `prepare_metadata`, given this layer's spec.
         spec: The layer.
         sinks: `[N]` Logits of the sinks, exactly where the spec has them.
+        k_scale: Of quantised keys, and of no others, what a stored 1 counts: one number, or `[K]`, one
+            per key head; `cache.k_scale` of a cache that `write_cache` filled.
+        v_scale: The same for values.
         return_lse: Whether to return the logarithm of the softmax's denominator too.
         implementation: "auto" (see `choose_implementation`), or one of:
             "reference", the plain definition in float32;
@@ -103,22 +116,32 @@ def attention(
     sinks = None if sinks is None else jnp.asarray(sinks)
     _validate(q, k, v, metadata, spec)
     _validate_sinks(sinks, spec)
+    scales = check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)
     if implementation == "auto":
-        implementation = choose_implementation(spec, dtype=q.dtype).implementation
+        implementation = choose_implementation(spec, dtype=q.dtype, kv_dtype=k.dtype).implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
-    if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype)):
+    if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype, k.dtype, k.size)):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
-    if implementation == "mosaic" and (obstacle := _mosaic_obstacle(spec, q.dtype, metadata, return_lse)):
+    if implementation == "mosaic" and (
+        obstacle := _mosaic_obstacle(spec, q.dtype, k.dtype, metadata, return_lse)
+    ):
         raise NotImplementedError(
             f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
         )
-    out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, sinks=sinks)
+    options: dict[str, Any] = {"sinks": sinks}
+    if scales[0] is not None and scales[1] is not None:
+        options["kv_scales"] = KVScales(scales[0], scales[1])
+    out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, **options)
     return (out, lse) if return_lse else out
 
 
 def choose_implementation(
-    spec: AttentionSpec, *, dtype: jax.typing.DTypeLike = "float32", platform: str | None = None
+    spec: AttentionSpec,
+    *,
+    dtype: jax.typing.DTypeLike = "float32",
+    kv_dtype: jax.typing.DTypeLike | None = None,
+    platform: str | None = None,
 ) -> Choice:
     """Which implementation "auto" stands for, and why.
 
@@ -128,12 +151,13 @@ def choose_implementation(
     Args:
         spec: The layer.
         dtype: Element type of the queries.
+        kv_dtype: That of keys and values, where they are quantised; that of the queries where None.
         platform: "cpu", "gpu" or "tpu"; that of the default device where None.
     """
     platform = _default_device().platform if platform is None else platform
     if platform not in ("gpu", "cuda"):
         return Choice("xla", f"the platform is {platform}, and the Triton kernel needs an NVIDIA GPU")
-    if obstacle := _triton_obstacle(spec, dtype) or _device_obstacle():
+    if obstacle := _triton_obstacle(spec, dtype, kv_dtype) or _device_obstacle():
         return Choice("xla", f"the Triton kernel cannot serve this layer: {obstacle}")
     return Choice("triton", "an NVIDIA GPU that the Triton kernel serves")
 
@@ -143,18 +167,41 @@ def _names() -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def _triton_obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike) -> str | None:
-    name = jax.numpy.dtype(dtype).name
+def _triton_obstacle(
+    spec: AttentionSpec,
+    dtype: jax.typing.DTypeLike,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+    kv_elements: int = 0,
+) -> str | None:
+    name = jnp.dtype(dtype).name
     if name not in _TRITON_DTYPES:
         return f"dtype {name} is not one of {', '.join(_TRITON_DTYPES)}"
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
+    if kv_dtype is None or jnp.dtype(kv_dtype).name not in QUANTIZED_DTYPES:
+        return None
+    if (
+        jnp.dtype(kv_dtype) == jnp.float8_e4m3fn
+        and (capability := _capability() or 9.0) < _E4M3_MIN_CAPABILITY
+    ):
+        return f"compute capability {capability} cannot read float8_e4m3fn; store float8_e5m2 or int8"
+    if 2**31 < kv_elements <= 2**32:
+        # Pallas counts in 32 bits up to 2^32 bytes, signed.
+        return f"its offsets into {kv_elements} numbers of one byte would overflow; use fewer pages"
     return None
 
 
 def _mosaic_obstacle(
-    spec: AttentionSpec, dtype: jax.typing.DTypeLike, metadata: AttentionMetadata, return_lse: bool
+    spec: AttentionSpec,
+    dtype: jax.typing.DTypeLike,
+    kv_dtype: jax.typing.DTypeLike,
+    metadata: AttentionMetadata,
+    return_lse: bool,
 ) -> str | None:
+    if jnp.dtype(kv_dtype) != jnp.dtype(dtype):
+        return (
+            f"keys of {jnp.dtype(kv_dtype).name} are not in the dtype of the queries, as `wgmma` reads them"
+        )
     if spec.sinks or return_lse:
         return f"it has no {'sinks' if spec.sinks else 'return_lse'} yet"
     return mosaic.obstacle(spec, dtype, metadata.page_size)
@@ -162,14 +209,21 @@ def _mosaic_obstacle(
 
 def _device_obstacle() -> str | None:
     """Why the present GPU cannot run the kernel; None where it can or where none is present."""
-    capability = getattr(_default_device(), "compute_capability", None)
-    if capability is None:
+    named = getattr(_default_device(), "compute_capability", None)
+    if named is None:
         return None
+    if (capability := _capability()) is None:
+        return f"the GPU is a {named}, not one of NVIDIA's"
+    too_old = capability < _TRITON_MIN_CAPABILITY
+    return f"its compute capability {named} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
+
+
+def _capability() -> float | None:
+    """The compute capability of the default device; None where it is no NVIDIA GPU."""
     try:
-        too_old = float(capability) < _TRITON_MIN_CAPABILITY
-    except ValueError:  # another maker's GPU
-        return f"the GPU is a {capability}, not one of NVIDIA's"
-    return f"its compute capability {capability} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
+        return float(getattr(_default_device(), "compute_capability", None) or "none")
+    except ValueError:  # another maker's GPU has a name in its place
+        return None
 
 
 def _default_device() -> Any:
@@ -203,8 +257,11 @@ def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: A
         raise ValueError(f"k.shape={k.shape} and v.shape={v.shape} must be equal")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q has dtype {q.dtype}; expected floating-point numbers")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
+    if k.dtype != v.dtype or (k.dtype != q.dtype and k.dtype.name not in QUANTIZED_DTYPES):
+        raise ValueError(
+            f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them "
+            f"(k and v may be quantised: {', '.join(QUANTIZED_DTYPES)})"
+        )
     heads = (spec.num_kv_heads, spec.head_dim)
     if metadata.page_size is None:
         if k.shape != (T, *heads):

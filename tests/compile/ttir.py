@@ -17,11 +17,15 @@ import numpy as np
 TARGET = "__gpu$xla.gpu.triton"
 """What XLA calls its custom call for kernels in TTIR."""
 
-DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "i32": "int32"}
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "i8": "int8", "i32": "int32"}
 """MLIR's names of element types, and ours."""
 
 Value = tuple[int, int]
 """A value of a program: the number of the call that returns it, -1 for arguments, and which of them it is."""
+
+
+Type = tuple[tuple[int, ...], str]
+"""Shape and dtype."""
 
 
 class Call(NamedTuple):
@@ -34,7 +38,8 @@ class Call(NamedTuple):
         num_stages: Depth of the load pipeline.
         grid: Programs along three axes.
         operands: What it reads.
-        results: Shape and dtype of what it returns.
+        operand_types: Of what it reads.
+        result_types: Of what it returns.
         aliases: Operand and result that are one buffer, in pairs.
     """
 
@@ -44,7 +49,8 @@ class Call(NamedTuple):
     num_stages: int
     grid: tuple[int, ...]
     operands: tuple[Value, ...]
-    results: tuple[tuple[tuple[int, ...], str], ...]
+    operand_types: tuple[Type, ...]
+    result_types: tuple[Type, ...]
     aliases: tuple[tuple[int, int], ...]
 
 
@@ -59,14 +65,15 @@ def run(program: Program, *args: jax.Array) -> list[jax.Array]:
     """The program over `jax.ffi`."""
     values = {(-1, i): x for i, x in enumerate(args)}
     for number, call in enumerate(program.calls):
-        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in call.results]
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in call.result_types]
         launch = jax.ffi.ffi_call(TARGET, shapes, input_output_aliases=dict(call.aliases))
         sizes = {"num_warps": call.num_warps, "num_stages": call.num_stages}
         sizes |= {f"grid_{axis}": size for axis, size in zip("xyz", call.grid, strict=True)}
         numbers = {name: np.int32(size) for name, size in sizes.items()}
-        results = launch(
-            *(values[x] for x in call.operands), name=call.name, ir=call.ir, debug=False, **numbers
-        )
+        operands = [values[x] for x in call.operands]
+        types = tuple((x.shape, x.dtype.name) for x in operands)
+        assert types == call.operand_types, f"{call.name} reads {call.operand_types}, not {types}"
+        results = launch(*operands, name=call.name, ir=call.ir, debug=False, **numbers)
         values |= {(number, i): x for i, x in enumerate(results)}
     return [values[x] for x in program.results]
 
@@ -101,7 +108,11 @@ def _call(operation: Any, operands: tuple[Value, ...]) -> Call:
         return ir.IntegerAttr(config[name]).value
 
     kernel = ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes)  # bytecode, or text
-    types = [ir.RankedTensorType(result.type) for result in operation.results]
+
+    def types(values: Any) -> tuple[Type, ...]:
+        tensors = [ir.RankedTensorType(value.type) for value in values]
+        return tuple((tuple(t.shape), DTYPES[str(t.element_type)]) for t in tensors)
+
     return Call(
         name=_text(config["name"]),
         ir=str(kernel.operation.get_asm(enable_debug_info=False)),
@@ -109,7 +120,8 @@ def _call(operation: Any, operands: tuple[Value, ...]) -> Call:
         num_stages=number("num_stages"),
         grid=tuple(number(f"grid_{axis}") for axis in "xyz"),
         operands=operands,
-        results=tuple((tuple(t.shape), DTYPES[str(t.element_type)]) for t in types),
+        operand_types=types(operation.operands),
+        result_types=types(operation.results),
         aliases=tuple(_aliases(operation)),
     )
 
