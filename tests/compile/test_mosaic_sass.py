@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from deviceless import H200
+from resources import Key, Resources, check, resources_of
 
 from jaxattn_kernels.mosaic import HEAD_DIMS
 
@@ -96,6 +97,14 @@ CASES = [
 ]
 
 
+def resources_by_key(case: tuple[int, ...], kernel: Compiled) -> dict[Key, Resources]:
+    """What a kernel takes, as the table has it."""
+    head_dim, group_size, page_size, consumers, masked = case
+    paging = f"p{page_size}" if page_size else "packed"
+    name = f"g{group_size}-d{head_dim}-bfloat16-{paging}" + "-window-cap" * masked
+    return {Key("mosaic", name, f"consumers_{consumers}", H200.architecture): resources_of(kernel)}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_kernels_stay_in_registers(case, tmp_path):
     kernel = compile_kernel(tmp_path, *case)
@@ -108,3 +117,4 @@ def test_kernels_stay_in_registers(case, tmp_path):
     assert ("setmaxnreg" in kernel.ptx) == (case[3] == 2), (
         "the producer leaves its registers to two consumers"
     )
+    check(resources_by_key(case, kernel))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, compile_for
+from resources import MAX_REGISTERS, Key, Resources, check, resources_of
 
 from jaxattn.cache import QUANTIZED_DTYPES
 from jaxattn.consumers import triton_tiling
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.compile
 # ptxas spills some bytes of its own accord where one more block then fits on a multiprocessor:
 # in about one kernel of twelve, and in different ones with every version.
 MAX_TRADED = 64
-MAX_REGISTERS = 255
 
 
 class Case(NamedTuple):
@@ -77,6 +77,11 @@ def every_pair() -> list[Case]:
 
 def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]:
     """The kernels of a case: for short queries (decode), for merging their parts, for long ones (prefill)."""
+    return [k for k in compile_for(case.target, *program_of(case, config)) if "_attention" in k.name]
+
+
+def program_of(case: Case, config: KernelConfig | None = None) -> tuple[Any, ...]:
+    """A function that attends with the kernels of a case, and its arguments."""
 
     def ints(n: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct((n,), jnp.int32)
@@ -107,22 +112,9 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
     split = SplitArrays(ints(units), ints(units), ints(units), ints(units + 1))
     sinks: Any = jax.ShapeDtypeStruct((num_q_heads,), jnp.float32)
     scale: Any = jax.ShapeDtypeStruct((num_kv_heads,), jnp.float32)
-    args = (
-        q,
-        k,
-        k,
-        VisibleRange(per_token, per_token),
-        ints(rows + 1),
-        ints(pages),
-        sinks,
-        KVScales(scale, scale),
-        tiles,
-        split,
-        tiles,
-        ints(units),
-        ints(1),
-    )
-    return [k for k in compile_for(case.target, attend, *args) if "_attention" in k.name]
+    layer = (q, k, k, VisibleRange(per_token, per_token), ints(rows + 1), ints(pages))
+    options = (sinks, KVScales(scale, scale))
+    return attend, *layer, *options, tiles, split, tiles, ints(units), ints(1)
 
 
 def stays_in_registers(kernel: Kernel) -> bool:
@@ -165,20 +157,41 @@ def test_too_much_shared_memory_is_refused():
         compile_case(Case(RTX_PRO_6000, group_size=4, head_dim=256), config)
 
 
-@pytest.mark.parametrize(
-    ("target", "product"),
-    [(A100, "mma.sync"), (H200, "wgmma.mma_async"), (B200, "tcgen05.mma"), (RTX_PRO_6000, "mma.sync")],
-    ids=lambda x: x.architecture if isinstance(x, Target) else x,
-)
-def test_main_configuration_uses_the_hardware(target, product):
-    kernels = {k.name: k for k in compile_case(Case(target, group_size=4, head_dim=128))}
+PRODUCTS = {A100: "mma.sync", H200: "wgmma", B200: "tcgen05.mma", RTX_PRO_6000: "mma.sync"}
+MAIN = [
+    Case(target, group_size=group_size, head_dim=head_dim)
+    for group_size, head_dim in ((4, 64), (4, 128), (4, 256), (1, 128), (8, 128))
+    for target in PRODUCTS
+]
+"""The configurations most models use; what they take stands in `resources.json`."""
+
+
+def resources_by_key(case: Case, kernels: list[Kernel]) -> dict[Key, Resources]:
+    """What the kernels of a case take, as the table has it."""
+    return {key_of(case, k.name): resources_of(k) for k in kernels}
+
+
+def key_of(case: Case, kernel: str) -> Key:
+    architecture = case.target.architecture
+    return Key("triton", str(case).removeprefix(f"{architecture}-"), kernel, architecture)
+
+
+@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_main_configurations_use_the_hardware(case):
+    compiled = compile_case(case)
+    found = resources_by_key(case, compiled)
+    kernels = {k.name: k for k in compiled}
+    takes = {key.kernel: value for key, value in found.items()}
     assert kernels.keys() == {"merge_attention_q16", "ragged_attention_q16", "ragged_attention_q64"}
-    assert kernels["merge_attention_q16"].spilled == 0
-    short, long = kernels["ragged_attention_q16"], kernels["ragged_attention_q64"]
-    assert "mma.sync" in short.ptx
-    assert product in long.ptx
-    for kernel in short, long:
-        assert kernel.spilled == 0
-        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", kernel.ptx)
+    assert all(stays_in_registers(k) for k in compiled)
+    if (case.group_size, case.head_dim) == (4, 128):
+        assert [k.name for k in compiled if k.spilled] == []
+    short, long = "ragged_attention_q16", "ragged_attention_q64"
+    assert "mma.sync" in takes[short].instructions
+    assert PRODUCTS[case.target] in takes[long].instructions
+    for name in short, long:
+        ptx = kernels[name].ptx
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", ptx)
         assert set(copies) == {"10"}, "keys and values are copied asynchronously, 16 bytes at a time"
-        assert not re.search(r"ld\.global\S*\.[bu](8|16)\b", kernel.ptx), "a narrow load"
+        assert not re.search(r"ld\.global\S*\.[bu](8|16)\b", ptx), "a narrow load"
+    check(found)
