@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+import os
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxattn import mosaic, reference, triton, xla
 from jaxattn.batch import INT32_MAX
+from jaxattn.choice import Choice, choose, describe_device
+from jaxattn.choice_table import PHASES, Device, Layer, Table, tables
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels.triton import MAX_HEAD_DIM
@@ -24,13 +27,7 @@ IMPLEMENTATIONS = {
 
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
-
-
-class Choice(NamedTuple):
-    """An implementation and why it was chosen."""
-
-    implementation: str
-    reason: str
+_MOSAIC_CAPABILITY = "9.0"
 
 
 @overload
@@ -87,7 +84,8 @@ def attention(
             "reference", the plain definition in float32;
             "xla", pure XLA over the tile schedule;
             "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU;
-            "mosaic", the Pallas kernel for Hopper GPUs, and for them alone; "auto" does not choose it.
+            "mosaic", the Pallas kernel for Hopper GPUs, and for them alone; "auto" chooses it by a table
+            of the user's own only.
 
     Returns:
         One output per query token, in the dtype of `q`; zero for padding. With `return_lse`, also
@@ -104,12 +102,16 @@ def attention(
     _validate(q, k, v, metadata, spec)
     _validate_sinks(sinks, spec)
     if implementation == "auto":
-        implementation = choose_implementation(spec, dtype=q.dtype).implementation
+        layer = Layer(phase_of(metadata), q.dtype.name, k.dtype.name, spec.head_dim, metadata.page_size)
+        choice = _choose(layer, spec, describe_device(), tables(), return_lse=return_lse)
+        implementation = choice.implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
     if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype)):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
-    if implementation == "mosaic" and (obstacle := _mosaic_obstacle(spec, q.dtype, metadata, return_lse)):
+    if implementation == "mosaic" and (
+        obstacle := _mosaic_obstacle(spec, q.dtype, metadata.page_size, return_lse)
+    ):
         raise NotImplementedError(
             f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
         )
@@ -118,24 +120,69 @@ def attention(
 
 
 def choose_implementation(
-    spec: AttentionSpec, *, dtype: jax.typing.DTypeLike = "float32", platform: str | None = None
+    spec: AttentionSpec,
+    *,
+    dtype: jax.typing.DTypeLike = "float32",
+    kv_dtype: jax.typing.DTypeLike | None = None,
+    page_size: int | None = None,
+    phase: str = "prefill",
+    platform: str | None = None,
+    table: Table | str | os.PathLike[str] | None = None,
 ) -> Choice:
     """Which implementation "auto" stands for, and why.
 
-    The rule: on an NVIDIA GPU of compute capability 8.0 or later the Triton kernel, if it serves
-    the layer's head size and dtype; everywhere else, XLA.
+    The first measured fact that matches the layer and the device is followed, if what it names can serve
+    the layer: facts of the user's table first, then those that come with jaxattn. Without one the default
+    rule holds: on an NVIDIA GPU of compute capability 8.0 or later the Triton kernel, if it serves the
+    layer's head size and dtype; everywhere else, XLA. Nothing is timed here; `jaxattn tune` writes a table.
 
     Args:
         spec: The layer.
         dtype: Element type of the queries.
+        kv_dtype: Element type of keys and values; that of the queries where None.
+        page_size: Tokens per page; None for keys packed beside the queries.
+        phase: "decode", of a batch whose bucket promises one query token per sequence, or "prefill", of any
+            other: see `phase_of`.
         platform: "cpu", "gpu" or "tpu"; that of the default device where None.
+        table: The user's table or its file; where None, the file that the environment variable
+            `JAXATTN_CHOICES` names, if it is set.
+
+    Raises:
+        ValueError: If the phase is unknown, or a table cannot be read.
     """
-    platform = _default_device().platform if platform is None else platform
-    if platform not in ("gpu", "cuda"):
-        return Choice("xla", f"the platform is {platform}, and the Triton kernel needs an NVIDIA GPU")
-    if obstacle := _triton_obstacle(spec, dtype) or _device_obstacle():
-        return Choice("xla", f"the Triton kernel cannot serve this layer: {obstacle}")
-    return Choice("triton", "an NVIDIA GPU that the Triton kernel serves")
+    if phase not in PHASES:
+        raise ValueError(f"unknown phase={phase!r}; use {' or '.join(map(repr, PHASES))}")
+    q_name = jnp.dtype(dtype).name
+    kv_name = q_name if kv_dtype is None else jnp.dtype(kv_dtype).name
+    layer = Layer(phase, q_name, kv_name, spec.head_dim, page_size)
+    return _choose(layer, spec, describe_device(platform), tables(table))
+
+
+def phase_of(metadata: AttentionMetadata) -> str:
+    """A batch's phase: "decode" where its bucket promises one query token per sequence, else "prefill"."""
+    return "decode" if metadata.bucket.max_q_len == 1 else "prefill"
+
+
+def obstacle(
+    implementation: str, spec: AttentionSpec, layer: Layer, device: Device, *, return_lse: bool = False
+) -> str | None:
+    """Why an implementation cannot serve a layer on a device; None where it can."""
+    if implementation == "triton":
+        return _triton_obstacle(spec, layer.dtype) or _device_obstacle(device)
+    if implementation == "mosaic":
+        if found := _mosaic_obstacle(spec, layer.dtype, layer.page_size, return_lse):
+            return found
+        if device.compute_capability != _MOSAIC_CAPABILITY:
+            return f"it needs an NVIDIA GPU of compute capability {_MOSAIC_CAPABILITY}"
+    return None
+
+
+def _choose(
+    layer: Layer, spec: AttentionSpec, device: Device, known: tuple[Table, ...], *, return_lse: bool = False
+) -> Choice:
+    return choose(
+        layer, device, known, lambda name: obstacle(name, spec, layer, device, return_lse=return_lse)
+    )
 
 
 def _names() -> str:
@@ -153,16 +200,16 @@ def _triton_obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike) -> str | 
 
 
 def _mosaic_obstacle(
-    spec: AttentionSpec, dtype: jax.typing.DTypeLike, metadata: AttentionMetadata, return_lse: bool
+    spec: AttentionSpec, dtype: jax.typing.DTypeLike, page_size: int | None, return_lse: bool
 ) -> str | None:
     if spec.sinks or return_lse:
         return f"it has no {'sinks' if spec.sinks else 'return_lse'} yet"
-    return mosaic.obstacle(spec, dtype, metadata.page_size)
+    return mosaic.obstacle(spec, dtype, page_size)
 
 
-def _device_obstacle() -> str | None:
-    """Why the present GPU cannot run the kernel; None where it can or where none is present."""
-    capability = getattr(_default_device(), "compute_capability", None)
+def _device_obstacle(device: Device) -> str | None:
+    """Why a GPU cannot run the Triton kernel; None where it can, and where none is known."""
+    capability = device.compute_capability
     if capability is None:
         return None
     try:
@@ -170,14 +217,6 @@ def _device_obstacle() -> str | None:
     except ValueError:  # another maker's GPU
         return f"the GPU is a {capability}, not one of NVIDIA's"
     return f"its compute capability {capability} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
-
-
-def _default_device() -> Any:
-    """The device that programs run on unless they are told otherwise."""
-    chosen = jax.config.jax_default_device
-    if chosen is None:
-        return jax.devices()[0]
-    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
 
 
 def _validate_sinks(sinks: Array | None, spec: AttentionSpec) -> None:
