@@ -139,7 +139,7 @@ def _add_tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), **several)
     parser.add_argument("--head-dim", type=int, **several)
     parser.add_argument("--page-size", type=_page_size, metavar="TOKENS", action="append",
-                        help="once per value, 'none' for packed keys; default: 16")  # fmt: skip
+                        help="once per value, 'none' for packed keys; default: 16 and none")  # fmt: skip
     parser.add_argument("--heads", type=_heads, metavar="N/K", help="query and key/value heads, such as 32/8")
     parser.add_argument("--implementation", choices=tuple(IMPLEMENTATIONS), **several)
     parser.add_argument("--quick", action="store_true", help="small batches and few runs: does it work?")

@@ -53,7 +53,7 @@ class TunePlan:
 
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...] = (64, 128)
-    page_sizes: tuple[int | None, ...] = (16,)
+    page_sizes: tuple[int | None, ...] = (16, None)
     num_q_heads: int
     num_kv_heads: int
     implementations: tuple[str, ...]
@@ -265,6 +265,7 @@ def _provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": platform.machine(),
         "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "driver": _driver(),
         "runtime": " ".join(str(default_device().client.platform_version).split()),
     }
