@@ -163,7 +163,7 @@ def phase_of(metadata: AttentionMetadata) -> str:
     return "decode" if metadata.bucket.max_q_len == 1 else "prefill"
 
 
-def obstacle(
+def obstacle_to(
     implementation: str, spec: AttentionSpec, layer: Layer, device: Device, *, return_lse: bool = False
 ) -> str | None:
     """Why an implementation cannot serve a layer on a device; None where it can."""
@@ -181,7 +181,7 @@ def _choose(
     layer: Layer, spec: AttentionSpec, device: Device, known: tuple[Table, ...], *, return_lse: bool = False
 ) -> Choice:
     return choose(
-        layer, device, known, lambda name: obstacle(name, spec, layer, device, return_lse=return_lse)
+        layer, device, known, lambda name: obstacle_to(name, spec, layer, device, return_lse=return_lse)
     )
 
 

@@ -39,14 +39,14 @@ def choose(
         tables: Measured facts, the most important table first.
         obstacle: Of an implementation, why it cannot serve the layer there; None where it can.
     """
-    refused: dict[str, None] = {}
+    refused: list[str] = []
     for table in tables:
         for row in table.rows:
             if not row.matches(layer, device):
                 continue
             if found := obstacle(row.implementation):
-                refused[f"{row.implementation}, which {_place(table, row)} names, cannot serve: {found}"] = (
-                    None
+                refused.append(
+                    f"{row.implementation}, which {_place(table, row)} names, cannot serve: {found}"
                 )
                 continue
             return Choice(row.implementation, "; ".join((_fact(table, row), *refused)))

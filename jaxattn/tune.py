@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxattn.attention import attention, obstacle
+from jaxattn.attention import attention, obstacle_to
 from jaxattn.buckets import Bucket
 from jaxattn.cases import GPU_TUNING, QUICK_TUNING, TUNING, Workload, nest_workload, random_page_tables
 from jaxattn.choice import default_device, describe_device, fastest
@@ -183,7 +183,7 @@ def _tune_layer(
     announce: Callable[[str], None],
 ) -> _LayerTimes:
     spec = plan.spec(layer)
-    found = {name: obstacle(name, spec, layer, device) for name in plan.implementations}
+    found = {name: obstacle_to(name, spec, layer, device) for name in plan.implementations}
     left_out = {name: why for name, why in found.items() if why is not None}
     medians: dict[str, dict[str, float]] = {}
     clocks = set()
