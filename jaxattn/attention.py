@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from jaxtyping import Array, Float
 
 from jaxattn import mosaic, reference, triton, xla
 from jaxattn.batch import INT32_MAX
+from jaxattn.cache import QUANTIZED_DTYPES, check_scales
 from jaxattn.choice import Choice, choose, describe_device
 from jaxattn.choice_table import PHASES, Device, Layer, Table, tables
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
+from jaxattn_kernels.arrays import KVScales
 from jaxattn_kernels.triton import MAX_HEAD_DIM
 
 IMPLEMENTATIONS = {
@@ -27,6 +30,7 @@ IMPLEMENTATIONS = {
 
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
+_E4M3_MIN_CAPABILITY = 8.9
 _MOSAIC_CAPABILITY = "9.0"
 
 
@@ -39,6 +43,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: Literal[False] = False,
     implementation: str = "auto",
 ) -> Array: ...
@@ -53,6 +59,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: Literal[True],
     implementation: str = "auto",
 ) -> tuple[Array, Array]: ...
@@ -66,6 +74,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "T N H"] | tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
@@ -74,11 +84,15 @@ def attention(
     Args:
         q: `[T, N, H]` Queries of all sequences, packed along one axis.
         k: Keys: for a batch nested with page tables, the pages `[pages, page_size, K, H]` of the
-            cache, this step's keys written already; for one without, `[T, K, H]`, one per token.
+            cache, this step's keys written already; for one without, `[T, K, H]`, one per token. In the
+            dtype of `q`, or quantised: int8, float8_e4m3fn or float8_e5m2.
         v: Values, like the keys.
         metadata: From `prepare_metadata`, given this layer's spec.
         spec: The layer.
         sinks: `[N]` Logits of the sinks, exactly where the spec has them.
+        k_scale: Of quantised keys, and of no others, what a stored 1 counts: one number, or `[K]`, one
+            per key head; `cache.k_scale` of a cache that `write_cache` filled.
+        v_scale: The same for values.
         return_lse: Whether to return the logarithm of the softmax's denominator too.
         implementation: "auto" (see `choose_implementation`), or one of:
             "reference", the plain definition in float32;
@@ -101,21 +115,30 @@ def attention(
     sinks = None if sinks is None else jnp.asarray(sinks)
     _validate(q, k, v, metadata, spec)
     _validate_sinks(sinks, spec)
+    scales = check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)
     if implementation == "auto":
         layer = Layer(phase_of(metadata), q.dtype.name, k.dtype.name, spec.head_dim, metadata.page_size)
-        choice = _choose(layer, spec, describe_device(), tables(), return_lse=return_lse)
-        implementation = choice.implementation
+        device = describe_device()
+        obstacle_here = functools.partial(
+            obstacle_to, spec=spec, layer=layer, device=device, return_lse=return_lse, kv_elements=k.size
+        )
+        implementation = choose(layer, device, tables(), obstacle_here).implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
-    if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype)):
+    if implementation == "triton" and (
+        obstacle := _triton_obstacle(spec, q.dtype, k.dtype, describe_device(), k.size)
+    ):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
     if implementation == "mosaic" and (
-        obstacle := _mosaic_obstacle(spec, q.dtype, metadata.page_size, return_lse)
+        obstacle := _mosaic_obstacle(spec, q.dtype, k.dtype, metadata.page_size, return_lse)
     ):
         raise NotImplementedError(
             f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
         )
-    out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, sinks=sinks)
+    options: dict[str, Any] = {"sinks": sinks}
+    if scales[0] is not None and scales[1] is not None:
+        options["kv_scales"] = KVScales(scales[0], scales[1])
+    out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, **options)
     return (out, lse) if return_lse else out
 
 
@@ -139,7 +162,7 @@ def choose_implementation(
     Args:
         spec: The layer.
         dtype: Element type of the queries.
-        kv_dtype: Element type of keys and values; that of the queries where None.
+        kv_dtype: That of keys and values, where they are quantised; that of the queries where None.
         page_size: Tokens per page; None for keys packed beside the queries.
         phase: "decode", of a batch whose bucket promises one query token per sequence, or "prefill", of any
             other: see `phase_of`.
@@ -155,7 +178,9 @@ def choose_implementation(
     q_name = jnp.dtype(dtype).name
     kv_name = q_name if kv_dtype is None else jnp.dtype(kv_dtype).name
     layer = Layer(phase, q_name, kv_name, spec.head_dim, page_size)
-    return _choose(layer, spec, describe_device(platform), tables(table))
+    device = describe_device(platform)
+    obstacle_there = functools.partial(obstacle_to, spec=spec, layer=layer, device=device)
+    return choose(layer, device, tables(table), obstacle_there)
 
 
 def phase_of(metadata: AttentionMetadata) -> str:
@@ -164,25 +189,33 @@ def phase_of(metadata: AttentionMetadata) -> str:
 
 
 def obstacle_to(
-    implementation: str, spec: AttentionSpec, layer: Layer, device: Device, *, return_lse: bool = False
+    implementation: str,
+    spec: AttentionSpec,
+    layer: Layer,
+    device: Device,
+    *,
+    return_lse: bool = False,
+    kv_elements: int = 0,
 ) -> str | None:
-    """Why an implementation cannot serve a layer on a device; None where it can."""
+    """Why an implementation cannot serve a layer on a device; None where it can.
+
+    Args:
+        implementation: Its name.
+        spec: The layer.
+        layer: Its element types and page size.
+        device: The device.
+        return_lse: Whether the log-sum-exp is wanted.
+        kv_elements: Numbers that the keys consist of; 0 where that is not known.
+    """
     if implementation == "triton":
-        return _triton_obstacle(spec, layer.dtype) or _device_obstacle(device)
+        found = _triton_obstacle(spec, layer.dtype, layer.kv_dtype, device, kv_elements)
+        return found or _device_obstacle(device)
     if implementation == "mosaic":
-        if found := _mosaic_obstacle(spec, layer.dtype, layer.page_size, return_lse):
+        if found := _mosaic_obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size, return_lse):
             return found
         if device.compute_capability != _MOSAIC_CAPABILITY:
             return f"it needs an NVIDIA GPU of compute capability {_MOSAIC_CAPABILITY}"
     return None
-
-
-def _choose(
-    layer: Layer, spec: AttentionSpec, device: Device, known: tuple[Table, ...], *, return_lse: bool = False
-) -> Choice:
-    return choose(
-        layer, device, known, lambda name: obstacle_to(name, spec, layer, device, return_lse=return_lse)
-    )
 
 
 def _names() -> str:
@@ -190,18 +223,42 @@ def _names() -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def _triton_obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike) -> str | None:
-    name = jax.numpy.dtype(dtype).name
+def _triton_obstacle(
+    spec: AttentionSpec,
+    dtype: jax.typing.DTypeLike,
+    kv_dtype: jax.typing.DTypeLike,
+    device: Device,
+    kv_elements: int,
+) -> str | None:
+    name = jnp.dtype(dtype).name
     if name not in _TRITON_DTYPES:
         return f"dtype {name} is not one of {', '.join(_TRITON_DTYPES)}"
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
+    if jnp.dtype(kv_dtype).name not in QUANTIZED_DTYPES:
+        return None
+    if (
+        jnp.dtype(kv_dtype) == jnp.float8_e4m3fn
+        and (capability := _capability(device) or 9.0) < _E4M3_MIN_CAPABILITY
+    ):
+        return f"compute capability {capability} cannot read float8_e4m3fn; store float8_e5m2 or int8"
+    if 2**31 < kv_elements <= 2**32:
+        # Pallas counts in 32 bits up to 2^32 bytes, signed.
+        return f"its offsets into {kv_elements} numbers of one byte would overflow; use fewer pages"
     return None
 
 
 def _mosaic_obstacle(
-    spec: AttentionSpec, dtype: jax.typing.DTypeLike, page_size: int | None, return_lse: bool
+    spec: AttentionSpec,
+    dtype: jax.typing.DTypeLike,
+    kv_dtype: jax.typing.DTypeLike,
+    page_size: int | None,
+    return_lse: bool,
 ) -> str | None:
+    if jnp.dtype(kv_dtype) != jnp.dtype(dtype):
+        return (
+            f"keys of {jnp.dtype(kv_dtype).name} are not in the dtype of the queries, as `wgmma` reads them"
+        )
     if spec.sinks or return_lse:
         return f"it has no {'sinks' if spec.sinks else 'return_lse'} yet"
     return mosaic.obstacle(spec, dtype, page_size)
@@ -209,14 +266,21 @@ def _mosaic_obstacle(
 
 def _device_obstacle(device: Device) -> str | None:
     """Why a GPU cannot run the Triton kernel; None where it can, and where none is known."""
-    capability = device.compute_capability
-    if capability is None:
+    named = device.compute_capability
+    if named is None:
         return None
+    if (capability := _capability(device)) is None:
+        return f"the GPU is a {named}, not one of NVIDIA's"
+    too_old = capability < _TRITON_MIN_CAPABILITY
+    return f"its compute capability {named} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
+
+
+def _capability(device: Device) -> float | None:
+    """The compute capability of a device; None where it is no NVIDIA GPU, or not known."""
     try:
-        too_old = float(capability) < _TRITON_MIN_CAPABILITY
-    except ValueError:  # another maker's GPU
-        return f"the GPU is a {capability}, not one of NVIDIA's"
-    return f"its compute capability {capability} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
+        return float(device.compute_capability or "none")
+    except ValueError:  # another maker's GPU has a name in its place
+        return None
 
 
 def _validate_sinks(sinks: Array | None, spec: AttentionSpec) -> None:
@@ -242,8 +306,11 @@ def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: A
         raise ValueError(f"k.shape={k.shape} and v.shape={v.shape} must be equal")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q has dtype {q.dtype}; expected floating-point numbers")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
+    if k.dtype != v.dtype or (k.dtype != q.dtype and k.dtype.name not in QUANTIZED_DTYPES):
+        raise ValueError(
+            f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them "
+            f"(k and v may be quantised: {', '.join(QUANTIZED_DTYPES)})"
+        )
     heads = (spec.num_kv_heads, spec.head_dim)
     if metadata.page_size is None:
         if k.shape != (T, *heads):

@@ -57,7 +57,8 @@ def triton_tiling(spec: AttentionSpec) -> Tiling:
     short_q = max(1, 16 // G)
     span = spec.window_class.span
     few_keys = span is not None and span + short_q - 1 <= TRITON_SPLIT_KEYS
-    return Tiling(short_q, max(2 * short_q, 64 // G), None if few_keys else TRITON_SPLIT_KEYS)
+    split_keys = None if few_keys else TRITON_SPLIT_KEYS
+    return Tiling(short_q, max(2 * short_q, 64 // G), split_keys, longest_first=True)
 
 
 def mosaic_tiling(spec: AttentionSpec) -> Tiling:

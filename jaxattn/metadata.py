@@ -24,7 +24,7 @@ from jaxattn.cascade import Cascade, find_cascade
 from jaxattn.consumers import CONSUMERS, Consumer, resolve_consumers
 from jaxattn.fields import MissingFieldError, Prepared, fields_of, metadata_field
 from jaxattn.rope import RopeConfig, RopeTables, rope_tables
-from jaxattn.schedule import TileSchedule, Tiling, longest_first, schedule_tiles, segment_of
+from jaxattn.schedule import TileSchedule, Tiling, schedule_tiles, segment_of
 from jaxattn.spec import AttentionSpec, Visibility
 
 # What a field may need to exist (`metadata_field(needs=...)`).
@@ -75,11 +75,6 @@ class VisibleKeys(Prepared):
             )
             for tiling in self._step.tilings
         )
-
-    @metadata_field(also_called="varlen_batch_idx")
-    def longest_first(self) -> tuple[tuple[Int32[Array, " W"], ...], ...]:
-        """Per schedule and list, its tiles by descending number of keys, dead ones last."""
-        return tuple(tuple(longest_first(tiles) for tiles in s.lists) for s in self.schedules)
 
     @property
     def _step(self) -> _PreparingVisible:

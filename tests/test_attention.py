@@ -161,6 +161,72 @@ def attention_with_lse(spec: AttentionSpec, implementation: str):
     )
 
 
+# Each of a quantised type with another type of the queries, and options besides.
+QUANTIZED = [
+    ("int8", "bfloat16", {}, ODD[3]),
+    ("float8_e4m3fn", "float16", {"sliding_window": 600, "sinks": True}, LONG),
+    ("float8_e5m2", "float32", {"logits_soft_cap": 5.0}, LONG),
+]
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize(("kv_dtype", "dtype", "options", "workload"), QUANTIZED)
+def test_quantised_keys_and_values(kv_dtype, dtype, options, workload, implementation):
+    """As good as plain attention to the numbers that the cache stands for; nobody's slots are the largest."""
+    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=64, **options)
+    problem = Problem.draw(workload, spec)
+    k_scale, v_scale = np.array([0.01, 0.03], np.float32), np.array([0.02, 0.5], np.float32)
+
+    def stored(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        steps = x * 0.3 / scale[:, None]
+        steps = np.clip(np.round(steps), -127, 127) if kv_dtype == "int8" else steps
+        return np.asarray(jnp.asarray(steps, kv_dtype))
+
+    k, v = ([stored(x, scale) for x in xs] for xs, scale in ((problem.k, k_scale), (problem.v, v_scale)))
+    q = [np.asarray(jnp.asarray(x, dtype), np.float32) for x in problem.q]
+    meant = [
+        [x.astype(np.float64) * scale[:, None].astype(np.float64) for x in xs]
+        for xs, scale in ((k, k_scale), (v, v_scale))
+    ]
+    sinks = np.linspace(-3, 3, 6, dtype=np.float32) if spec.sinks else None
+    page_size, num_pages = 16, 2600 // 16 + 8
+    tables, *pages = Problem(workload, q, *([x.astype(np.float32) for x in xs] for xs in (k, v))).pages(
+        page_size, num_pages=num_pages
+    )
+    bucket = Bucket(tokens=160, seqs=8, pages=num_pages)
+    batch = nest_workload(workload, page_tables=tables, page_size=page_size, bucket=bucket)
+    top = 127 if kv_dtype == "int8" else float(jnp.finfo(kv_dtype).max)
+    pages = [jnp.asarray(np.nan_to_num(x, nan=top)).astype(kv_dtype) for x in pages]
+    got, lse = attention(
+        jnp.asarray(problem.packed(q, bucket.tokens), dtype), *pages, prepare_metadata(batch, spec), spec,
+        sinks=sinks, k_scale=k_scale, v_scale=v_scale, return_lse=True, implementation=implementation,
+    )  # fmt: skip
+    exact, exact_lse = (
+        np.concatenate(x)
+        for x in zip(
+            *(attend_dense_with_lse(*s, spec, sinks) for s in zip(q, *meant, strict=True)), strict=True
+        )
+    )
+    plain = np.concatenate(
+        [quantised_plainly(*s, spec, sinks, k_scale, v_scale, dtype) for s in zip(q, k, v, strict=True)]
+    )
+    n = len(exact)
+    assert got.dtype == dtype
+    assert_as_good_as(np.asarray(got, np.float64)[:n], plain, exact, jnp.dtype(dtype))
+    np.testing.assert_allclose(lse[:n], exact_lse, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(got[n:], np.float32), 0)
+
+
+def quantised_plainly(q, k, v, spec, sinks, k_scale, v_scale, dtype: str) -> np.ndarray:
+    """Attention to what the cache stands for, operands of products rounded to `dtype`, sums in float32."""
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(x, dtype), np.float32)
+
+    k, v = (rounded(x.astype(np.float32) * s[:, None]) for x, s in ((k, k_scale), (v, v_scale)))
+    return rounded(attend_dense_with_lse(q, k, v, spec, sinks, np.float32)[0])
+
+
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 def test_parts_of_the_keys_merge_by_their_lse(implementation):
     """Two-sided attention to two halves of the keys of one sequence, in two batches."""
@@ -357,6 +423,22 @@ class TestValidation:
         with pytest.raises(ValueError, match="one dtype"):
             self.attend(k=self.k.astype(jnp.bfloat16))
 
+    @pytest.mark.parametrize(
+        ("dtype", "k_scale", "message"),
+        [
+            ("int8", None, "k_scale was not given, and keys and values are stored as int8"),
+            ("float32", 1.0, "k_scale was given, and keys and values are stored as float32"),
+            ("int8", np.ones(4), r"k_scale has shape \(4,\); give one number, or one per key head, \(2,\)"),
+        ],
+    )
+    def test_scales(self, dtype, k_scale, message):
+        with pytest.raises(ValueError, match=message):
+            self.attend(k=self.k.astype(dtype), k_scale=k_scale, v_scale=k_scale)
+
+    def test_quantised_keys_for_hopper(self):
+        with pytest.raises(NotImplementedError, match="keys of int8 are not in the dtype of the queries"):
+            self.attend(k=self.k.astype("int8"), k_scale=1.0, v_scale=1.0, implementation="mosaic")
+
     def test_sinks_of_a_spec_without(self):
         with pytest.raises(ValueError, match=r"sinks was given, and spec.sinks=False"):
             self.attend(sinks=jnp.zeros(4))
@@ -428,6 +510,18 @@ class TestChoice:
         choice = choose_implementation(self.spec, platform="gpu", dtype="float64")
         assert choice.implementation == "xla"
         assert "float64" in choice.reason
+
+    @pytest.mark.parametrize(
+        ("capability", "chosen"), [("8.0", "xla"), ("8.9", "triton"), ("10.0", "triton")]
+    )
+    def test_float8_needs_a_gpu_that_reads_it(self, monkeypatch, capability, chosen):
+        device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+        monkeypatch.setattr("jaxattn.choice.default_device", lambda: device)
+        choice = choose_implementation(self.spec, dtype="bfloat16", kv_dtype="float8_e4m3fn")
+        assert choice.implementation == chosen
+        for kv_dtype in ("int8", "float8_e5m2"):
+            choice = choose_implementation(self.spec, dtype="bfloat16", kv_dtype=kv_dtype)
+            assert choice.implementation == "triton"
 
     def test_auto_is_the_choice(self):
         problem = Problem.draw(ODD[0], self.spec)

@@ -175,6 +175,26 @@ class TestChoose:
         with pytest.raises(ValueError, match="unknown phase='decoding'; use 'decode' or 'prefill'"):
             choose_implementation(SPEC, phase="decoding")
 
+    def test_quantised_keys_are_another_layer(self, on):
+        on()
+        int8 = {
+            **ROW,
+            "kv_dtype": "int8",
+            "implementation": "reference",
+            "medians_ms": {"a": {"reference": 1}},
+        }
+        table = table_of(ROW, int8)
+        assert choose_implementation(SPEC, **DECODE, table=table).implementation == "xla"
+        choice = choose_implementation(SPEC, **DECODE, kv_dtype="int8", table=table)
+        assert choice.implementation == "reference"
+        choice = choose_implementation(SPEC, **DECODE, kv_dtype="float8_e5m2", table=table)
+        assert "no measurement for decode in bfloat16 over float8_e5m2, head dim 128" in choice.reason
+
+    def test_keys_that_are_too_many_for_a_kernel(self):
+        layer, device = Layer("decode", "bfloat16", "int8", 128, 16), Device(**H200)
+        assert obstacle_to("triton", SPEC, layer, device) is None
+        assert "would overflow" in str(obstacle_to("triton", SPEC, layer, device, kv_elements=2**31 + 1))
+
     def test_log_sum_exp_is_no_obstacle_but_for_mosaic(self):
         layer, device = Layer("decode", "bfloat16", "bfloat16", 128, 16), Device(**H200)
         found = {n: obstacle_to(n, SPEC, layer, device, return_lse=True) for n in IMPLEMENTATIONS}

@@ -146,7 +146,7 @@ def ragged_attention(
     # All launches write into one buffer. Interpreted, a row that none of them writes is NaN.
     blank = lax.empty(q.shape, q.dtype) if interpret is None else jnp.full(q.shape, jnp.nan, q.dtype)
     out_ref = jax.new_ref(blank)
-    for tiles, block_q, _, _ in tile_lists:
+    for tiles, block_q, *_ in tile_lists:
         program = _Program(
             group_size=group_size,
             head_dim=head_dim,
