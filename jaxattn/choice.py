@@ -116,7 +116,8 @@ def _comparison(row: Row) -> str:
     ratio = times[runner_up] / mine
     if abs(ratio - 1) <= TIE:
         return f"{row.implementation} is as fast as {runner_up} within {TIE:.0%}, and the first of {order},"
-    return f"{row.implementation} is {ratio:.3g} times as fast as {runner_up}, the runner-up,"
+    where = " (interpreted)" if runner_up == "triton" and row.device.platform != "gpu" else ""
+    return f"{row.implementation} is {ratio:.3g} times as fast as {runner_up}{where}, the runner-up,"
 
 
 def default_device() -> Any:

@@ -211,6 +211,20 @@ def parse_table(text: str, name: str) -> Table:
     return Table(name, tuple(row for place, run in runs for row in _rows(place, run)))
 
 
+def format_table(document: dict[str, Any]) -> str:
+    """A table as text, a line per row.
+
+    Args:
+        document: The table as JSON takes it.
+    """
+    runs = []
+    for run in document["runs"]:
+        facts = (f'"{name}": {json.dumps(run[name])}' for name in ("device", "provenance"))
+        rows = ",\n   ".join(json.dumps(row) for row in run["rows"])
+        runs.append(" {" + ",\n  ".join((*facts, f'"rows": [\n   {rows}]')) + "}")
+    return f'{{"jaxattn_choices": {VERSION}, "runs": [\n' + ",\n".join(runs) + "]}\n"
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """A place in a file, and how its content is checked."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import shlex
@@ -27,7 +26,7 @@ from jaxattn.attention import attention, obstacle_to
 from jaxattn.buckets import Bucket
 from jaxattn.cases import GPU_TUNING, QUICK_TUNING, TUNING, Workload, nest_workload, random_page_tables
 from jaxattn.choice import default_device, describe_device, fastest
-from jaxattn.choice_table import PHASES, VARIABLE, VERSION, Device, Layer, parse_table
+from jaxattn.choice_table import PHASES, VARIABLE, VERSION, Device, Layer, format_table, parse_table
 from jaxattn.metadata import prepare_metadata
 from jaxattn.spec import AttentionSpec
 from jaxattn.timing import measure
@@ -312,7 +311,7 @@ def run_tune(plan: TunePlan, out: Path, *, force: bool = False) -> None:
         tuned = tune(
             plan, announce=lambda what: progress.update(task, description=what, completed=next(done))
         )
-    text = json.dumps(tuned.document, indent=1) + "\n"
+    text = format_table(tuned.document)
     rows = parse_table(text, str(out)).rows  # what is written can be read
     for layer, reasons in tuned.unserved.items():
         print(f"no row for {layer}: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}")

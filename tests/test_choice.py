@@ -13,7 +13,16 @@ from jaxattn import AttentionSpec, Bucket, attention, choose_implementation, pre
 from jaxattn.attention import IMPLEMENTATIONS, obstacle_to, phase_of
 from jaxattn.cases import ODD, nest_workload, random_page_tables
 from jaxattn.choice import TIE, describe_device, fastest
-from jaxattn.choice_table import PREFERENCE, VARIABLE, Device, Layer, packaged_table, parse_table, read_table
+from jaxattn.choice_table import (
+    PREFERENCE,
+    VARIABLE,
+    Device,
+    Layer,
+    format_table,
+    packaged_table,
+    parse_table,
+    read_table,
+)
 
 SPEC = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128)
 H200 = {"platform": "gpu", "kind": "NVIDIA H200", "compute_capability": "9.0"}
@@ -251,6 +260,13 @@ class TestEnvironment:
         queries = jax.ShapeDtypeStruct((8, 2, 16), jnp.float32)
         jax.eval_shape(lambda q, k: attention(q, k, k, metadata, spec), queries, keys)
         assert called == [chosen]
+
+
+def test_a_table_is_written_with_a_line_per_row():
+    content = {"jaxattn_choices": 1, "runs": 2 * document(ROW, mosaic_row())["runs"]}
+    text = format_table(content)
+    assert json.loads(text) == content
+    assert [line.strip()[:8] for line in text.splitlines()].count('{"phase"') == 4
 
 
 BAD = {
