@@ -137,7 +137,7 @@ def _add_tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     several: dict = {"action": "append", "help": "once per value; default: by device"}
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), **several)
-    parser.add_argument("--head-dim", type=int, **several)
+    parser.add_argument("--head-dim", type=int, action="append", help="once per value; default: 64 and 128")
     parser.add_argument("--page-size", type=_page_size, metavar="TOKENS", action="append",
                         help="once per value, 'none' for packed keys; default: 16 and none")  # fmt: skip
     parser.add_argument("--heads", type=_heads, metavar="N/K", help="query and key/value heads, such as 32/8")
