@@ -27,7 +27,7 @@ test: $(VENV)/installed
 	$(PYTHON) -m pytest $(PARALLEL) $(OPTIONS)
 
 test-slow: $(VENV)/installed
-	$(PYTHON) -m pytest $(PARALLEL) -m "slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest $(PARALLEL) -m "slow"
 
 # Fewer examples per property: what the oldest version lacks shows on the first ones. What a compiled
 # program costs is counted on the newest alone.

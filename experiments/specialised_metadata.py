@@ -179,12 +179,16 @@ def _tile_lists(
     }
 
 
+def _keys(batch: RaggedBatch) -> int:
+    """Keys of all sequences together, at most."""
+    return batch.bucket.tokens if batch.page_size is None else batch.bucket.pages * batch.page_size
+
+
 def _units(batch: RaggedBatch, tiles: Arrays, tiling: Tiling, window: Visibility) -> Arrays:
     """The keys of short tiles in pieces of `split_keys`, each a unit of its own."""
     size, W, tokens = tiling.split_keys, tiles["seq"].shape[0], tiling.short_q
     assert size is not None
-    keys = batch.bucket.tokens if batch.page_size is None else batch.bucket.pages * batch.page_size
-    U = W + keys // size
+    U = W + _keys(batch) // size
     if window.span is not None:
         U = min(U, W * ((window.span + tokens - 3) // size + 2))
     first = tiles["kv_start"] // size
@@ -225,7 +229,7 @@ def _tile_reader(
             has_long = not one_tile_each and tiling(spec).long_q > tiling(spec).short_q
             if kind == "long" or not (one_tile_each or has_long):  # several tiles of one query
                 tiles = tiles | (_order(tiles) if tiling(spec).longest_first else {})
-            elif tiling(spec).split_keys is not None:
+            elif (split_keys := tiling(spec).split_keys) is not None and _keys(batch) > split_keys:
                 tiles = tiles | _units(batch, tiles, tiling(spec), spec.window_class)
             found |= {f"{kind}.{name}/{i}": array for name, array in tiles.items()}
     return found

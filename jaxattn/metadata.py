@@ -305,6 +305,12 @@ class AttentionMetadata(Prepared):
         return jnp.minimum(self.positions + 1, self._kv_ends)
 
     @metadata_field()
+    def _prefix_lm_ends(self) -> Int32[Array, " T"]:
+        """One past the last key of the prefix of each token's sequence; 0 for padding and for none."""
+        lens = self._step.batch.prefix_lm_lens[self._row_of_token]
+        return jnp.minimum(jnp.where(self._is_real_token, lens, 0), self._kv_ends)
+
+    @metadata_field()
     def _phase_groups(self) -> tuple[Int32[Array, " 3"], Int32[Array, " R"]]:
         """Ends of the groups, and the place of each row, of a stable partition by phase."""
         row = jnp.arange(self.bucket.seqs, dtype=jnp.int32)
@@ -409,7 +415,9 @@ class _PreparingVisible(VisibleKeys):
     @functools.cached_property
     def visible_range(self) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
         step = self.step
-        return self.window_class.visible_range(step.positions, step._causal_ends, step._kv_ends)
+        return self.window_class.visible_range(
+            step.positions, step._causal_ends, step._kv_ends, step._prefix_lm_ends
+        )
 
     def prepared(self) -> VisibleKeys:
         names = [name for name in VISIBLE_FIELDS if name in self.step.request.fields]

@@ -185,7 +185,7 @@ def schedule_tiles(
     T, R = bucket.tokens, bucket.seqs
 
     def with_split(tiles: Tiles, split_keys: int | None) -> Tiles:
-        if split_keys is None:
+        if split_keys is None or max_keys <= split_keys:  # all keys there are make one unit
             return tiles
         units = split_bound(tiles.seq.shape[0], max_keys, split_keys, span, tiles.block_q)
         return dataclasses.replace(tiles, split=_split(tiles, split_keys, units))

@@ -20,6 +20,7 @@ from jaxattn import (
     MissingFieldError,
     attention,
     choose_implementation,
+    nest_sequences,
     prepare_metadata,
 )
 from jaxattn.cases import ODD, Workload, nest_workload
@@ -161,6 +162,45 @@ def attention_with_lse(spec: AttentionSpec, implementation: str):
     )
 
 
+PREFIX_LM = {  # queries, contexts, prefixes: of no token, of some, of a whole query, within the context
+    "packed": ((70, 5, 33, 1), (0, 0, 0, 0), (40, 5, 0, 1)),
+    "chunked": ((70, 5, 33, 1), (0, 130, 0, 64), (65, 100, 33, 64)),
+}
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("kind", PREFIX_LM)
+def test_prefix_lm(kind, implementation):
+    """Tokens of the prefix see all of it; those behind it see what causal ones see."""
+    q_lens, context_lens, prefixes = PREFIX_LM[kind]
+    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=64, prefix_lm=True)
+    problem = Problem.draw(Workload(kind, q_lens, context_lens, ""), spec)
+    bucket, tables, layout = Bucket(tokens=160, seqs=8, pages=40), None, {}
+    if kind == "packed":
+        k, v = (problem.packed(x, bucket.tokens) for x in (problem.k, problem.v))
+        bucket = Bucket(tokens=160, seqs=8)
+    else:
+        tables, k, v = problem.pages(16, num_pages=40)
+        layout = {"context_lens": context_lens, "page_tables": tables, "page_size": 16}
+    batch = nest_sequences(
+        np.zeros(sum(q_lens), int), q_lens=q_lens, prefix_lm_lens=prefixes, bucket=bucket, **layout
+    )
+    q, k, v = (jnp.asarray(x) for x in (problem.packed(problem.q, 160), k, v))
+    got = compiled_attention(spec, implementation)(q, k, v, prepare_metadata(batch, spec))
+    exact, plain = (
+        np.concatenate(
+            [
+                attend_dense_with_lse(q, k, v, spec, prefix=prefix, dtype=dtype)[0]
+                for q, k, v, prefix in zip(problem.q, problem.k, problem.v, prefixes, strict=True)
+            ]
+        )
+        for dtype in (np.float64, np.float32)
+    )
+    n = sum(q_lens)
+    assert_as_good_as(np.asarray(got)[:n], plain, exact, jnp.dtype("float32"))
+    np.testing.assert_array_equal(got[n:], 0)
+
+
 # Each of a quantised type with another type of the queries, and options besides.
 QUANTIZED = [
     ("int8", "bfloat16", {}, ODD[3]),
@@ -169,62 +209,65 @@ QUANTIZED = [
 ]
 
 
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, dtype), np.float32)
+
+
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 @pytest.mark.parametrize(("kv_dtype", "dtype", "options", "workload"), QUANTIZED)
 def test_quantised_keys_and_values(kv_dtype, dtype, options, workload, implementation):
     """As good as plain attention to the numbers that the cache stands for; nobody's slots are the largest."""
     spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=64, **options)
-    problem = Problem.draw(workload, spec)
-    k_scale, v_scale = np.array([0.01, 0.03], np.float32), np.array([0.02, 0.5], np.float32)
-
-    def stored(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        steps = x * 0.3 / scale[:, None]
-        steps = np.clip(np.round(steps), -127, 127) if kv_dtype == "int8" else steps
-        return np.asarray(jnp.asarray(steps, kv_dtype))
-
-    k, v = ([stored(x, scale) for x in xs] for xs, scale in ((problem.k, k_scale), (problem.v, v_scale)))
-    q = [np.asarray(jnp.asarray(x, dtype), np.float32) for x in problem.q]
-    meant = [
-        [x.astype(np.float64) * scale[:, None].astype(np.float64) for x in xs]
-        for xs, scale in ((k, k_scale), (v, v_scale))
-    ]
     sinks = np.linspace(-3, 3, 6, dtype=np.float32) if spec.sinks else None
-    page_size, num_pages = 16, 2600 // 16 + 8
-    tables, *pages = Problem(workload, q, *([x.astype(np.float32) for x in xs] for xs in (k, v))).pages(
-        page_size, num_pages=num_pages
-    )
-    bucket = Bucket(tokens=160, seqs=8, pages=num_pages)
-    batch = nest_workload(workload, page_tables=tables, page_size=page_size, bucket=bucket)
+    k_scale, v_scale = np.array([0.01, 0.03], np.float32), np.array([0.02, 0.5], np.float32)
     top = 127 if kv_dtype == "int8" else float(jnp.finfo(kv_dtype).max)
-    pages = [jnp.asarray(np.nan_to_num(x, nan=top)).astype(kv_dtype) for x in pages]
-    got, lse = attention(
-        jnp.asarray(problem.packed(q, bucket.tokens), dtype), *pages, prepare_metadata(batch, spec), spec,
-        sinks=sinks, k_scale=k_scale, v_scale=v_scale, return_lse=True, implementation=implementation,
-    )  # fmt: skip
-    exact, exact_lse = (
-        np.concatenate(x)
-        for x in zip(
-            *(attend_dense_with_lse(*s, spec, sinks) for s in zip(q, *meant, strict=True)), strict=True
-        )
+
+    def store(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        steps = np.clip(x * 0.3 / scale[:, None], -top, top)
+        return rounded(np.round(steps) if kv_dtype == "int8" else steps, kv_dtype)
+
+    drawn = Problem.draw(workload, spec)
+    stored = Problem(
+        workload,
+        [rounded(q, dtype) for q in drawn.q],
+        [store(k, k_scale) for k in drawn.k],
+        [store(v, v_scale) for v in drawn.v],
     )
-    plain = np.concatenate(
-        [quantised_plainly(*s, spec, sinks, k_scale, v_scale, dtype) for s in zip(q, k, v, strict=True)]
+    tables, k, v = stored.pages(16, num_pages=170)
+    bucket = Bucket(tokens=160, seqs=8, pages=170)
+    batch = nest_workload(workload, page_tables=tables, page_size=16, bucket=bucket)
+    out, lse = attention(
+        jnp.asarray(stored.packed(stored.q, bucket.tokens), dtype),
+        jnp.asarray(np.nan_to_num(k, nan=top)).astype(kv_dtype),
+        jnp.asarray(np.nan_to_num(v, nan=top)).astype(kv_dtype),
+        prepare_metadata(batch, spec),
+        spec,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        return_lse=True,
+        implementation=implementation,
     )
+
+    def attend_to_what_is_meant(wide: type, narrow: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """The definition in `wide`, its operands rounded to `narrow`."""
+        parts = []
+        for q, k, v in zip(stored.q, stored.k, stored.v, strict=True):
+            k, v = (
+                k.astype(wide) * k_scale[:, None].astype(wide),
+                v.astype(wide) * v_scale[:, None].astype(wide),
+            )
+            k, v = (x if narrow is None else rounded(x, narrow) for x in (k, v))
+            parts.append(attend_dense_with_lse(q, k, v, spec, sinks, wide))
+        return np.concatenate([out for out, _ in parts]), np.concatenate([lse for _, lse in parts])
+
+    exact, exact_lse = attend_to_what_is_meant(np.float64, None)
+    plain, _ = attend_to_what_is_meant(np.float32, dtype)
     n = len(exact)
-    assert got.dtype == dtype
-    assert_as_good_as(np.asarray(got, np.float64)[:n], plain, exact, jnp.dtype(dtype))
+    assert out.dtype == dtype
+    assert_as_good_as(np.asarray(out, np.float64)[:n], rounded(plain, dtype), exact, jnp.dtype(dtype))
     np.testing.assert_allclose(lse[:n], exact_lse, atol=1e-4)
-    np.testing.assert_array_equal(np.asarray(got[n:], np.float32), 0)
-
-
-def quantised_plainly(q, k, v, spec, sinks, k_scale, v_scale, dtype: str) -> np.ndarray:
-    """Attention to what the cache stands for, operands of products rounded to `dtype`, sums in float32."""
-
-    def rounded(x: np.ndarray) -> np.ndarray:
-        return np.asarray(jnp.asarray(x, dtype), np.float32)
-
-    k, v = (rounded(x.astype(np.float32) * s[:, None]) for x, s in ((k, k_scale), (v, v_scale)))
-    return rounded(attend_dense_with_lse(q, k, v, spec, sinks, np.float32)[0])
+    np.testing.assert_array_equal(np.asarray(out[n:], np.float32), 0)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])

@@ -49,7 +49,7 @@ def test_every_array_has_the_shape_and_dtype_of_its_table():
     tiles, split = schedule.long, schedule.short.split
     assert tiles is not None
     assert split is not None
-    lengths = {Tiles: {"W": tiles.seq.shape[0]}}
+    lengths: dict[type, dict[str, int]] = {Tiles: {"W": tiles.seq.shape[0]}}
     lengths[SplitPlan] = {"W": schedule.short.seq.shape[0], "U": split.tile.shape[0]}
     holders = [
         (RaggedBatch, BATCH),

@@ -39,10 +39,10 @@ NEG = -1e30
 MIN_DOT = 16
 MAX_HEAD_DIM = 256
 """The largest head that the kernel serves."""
-MAX_PROGRAMS = 2048
-"""Programs of one launch, at most: several waves on every GPU. Where a list has room for more units,
-each program takes every 2,048th of those that are live, so that room which a batch leaves empty costs
-nothing."""
+MAX_PROGRAMS = 512
+"""Programs of one launch, at most: what the largest GPUs run at once, three or four on each multiprocessor.
+Where a list has room for more units, each program takes every 512th of those that are live, so that room
+which a batch leaves empty costs nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +63,13 @@ class KernelConfig:
     max_rows: int = 128
 
 
-def config_for(*, block_rows: int, head_dim: int, itemsize: int) -> KernelConfig:
+def config_for(*, block_rows: int, head_dim: int, itemsize: int, quantized: bool = False) -> KernelConfig:
     """The sizes that compile without spilling registers on sm_80 to sm_120 (tests/compile).
 
     16-bit operands: the accumulator decides, a row of it per query row, since it stays in registers
     through all loops. Twice the accumulator leaves room for half the keys; four times needs twice
-    the threads. Loads run one step ahead of the products.
+    the threads. Loads run one step ahead of the products. Keys of one byte are widened in registers, and
+    leave room for half as many.
 
     32-bit operands: the product in full float32 runs outside the tensor cores, and holds whole rows
     of both operands in registers; so few rows, few keys, many threads, and no load ahead.
@@ -76,16 +77,15 @@ def config_for(*, block_rows: int, head_dim: int, itemsize: int) -> KernelConfig
     Args:
         block_rows: Rows of the query tile.
         head_dim: Size of a head.
-        itemsize: Bytes per element of keys and values.
+        itemsize: Bytes per element of the queries.
+        quantized: Whether keys and values have one byte per element.
     """
     if itemsize > 2:
         return KernelConfig(block_k=16, num_warps=8, num_stages=1, max_rows=32)
     accumulator = block_rows * _block(head_dim)
-    return KernelConfig(
-        block_k=64 if accumulator <= 64 * 64 else 32,
-        num_warps=4 if accumulator <= 64 * 128 else 8,
-        num_stages=2,
-    )
+    is_small, is_large = accumulator <= 64 * 64, accumulator > 64 * 128
+    block_k = (16 if is_large else 32) if quantized else (64 if is_small else 32)
+    return KernelConfig(block_k=block_k, num_warps=8 if is_large else 4, num_stages=2)
 
 
 def ragged_attention(
@@ -209,7 +209,10 @@ def _attend_list(
     """Attend with one list, into `done`, the results of the lists before it, where there are any."""
     tile_q, work = tile_list.block_q, _Work(*(getattr(tile_list, name) for name in _Work._fields))
     (T, N, H), K = q.shape, k.shape[1]
-    config = config or config_for(block_rows=_block(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize)
+    config = config or config_for(
+        block_rows=_block(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize,
+        quantized=kv_scales is not None,
+    )  # fmt: skip
     block_q = max(1, min(tile_q, config.max_rows // (N // K)))
     shape = _Shape(T, N, K, H, tile_q, block_q, config.block_k)
 
@@ -258,7 +261,7 @@ def _for_each(kernel: functools.partial, programs: int, programs_per_unit: int, 
 
     def step(i, _):
         # Odd rounds run backwards: where long tiles come first, everybody's share is then equally long.
-        place = jnp.where(i % 2 == 0, first, MAX_PROGRAMS - 1 - first)
+        place = jnp.where((i & 1) == 0, first, MAX_PROGRAMS - 1 - first)
         program = i * MAX_PROGRAMS + place
         pl.when(program < live)(lambda: kernel(program, work, *refs))
 

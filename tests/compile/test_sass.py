@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import pytest
 from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, compile_for
 
+from jaxattn.cache import QUANTIZED_DTYPES
 from jaxattn.consumers import triton_tiling
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.arrays import KeyLookup, SplitArrays, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.arrays import KeyLookup, KVScales, SplitArrays, TileArrays, TileList, VisibleRange
 from jaxattn_kernels.triton import KernelConfig, ragged_attention
 
 pytestmark = pytest.mark.compile
@@ -37,10 +38,12 @@ class Case(NamedTuple):
     windowed: bool = False
     capped: bool = False
     sinks: bool = False
+    kv_dtype: str | None = None
 
     def __str__(self) -> str:
         paging = f"p{self.page_size}" if self.page_size else "packed"
         options = "-window" * self.windowed + "-cap" * self.capped + "-sinks" * self.sinks
+        options += f"-{self.kv_dtype}" if self.kv_dtype else ""
         return (
             f"{self.target.architecture}-g{self.group_size}-d{self.head_dim}-{self.dtype}-{paging}{options}"
         )
@@ -83,20 +86,27 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
     spec = AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=case.head_dim)
     tiling = triton_tiling(spec)
 
-    def attend(q, k, v, visible, start, page_list, sinks, short, split, long):
+    def attend(q, k, v, visible, start, page_list, sinks, scales, short, split, long, order, num_live):
         return ragged_attention(
             q, k, v, visible, KeyLookup(start, page_list if case.page_size else None),
-            (TileList(short, tiling.short_q, split), TileList(long, tiling.long_q, None)),
-            sinks=sinks if case.sinks else None, page_size=case.page_size, scale=spec.softmax_scale,
+            (
+                TileList(short, tiling.short_q, split, None, num_live),
+                TileList(long, tiling.long_q, None, order, num_live),
+            ),
+            sinks=sinks if case.sinks else None, kv_scales=scales if case.kv_dtype else None,
+            page_size=case.page_size, scale=spec.softmax_scale,
             logits_soft_cap=30.0 if case.capped else None,
             windowed=case.windowed, interpret=False, config=config,
         )  # fmt: skip
 
     q = jax.ShapeDtypeStruct((tokens, num_q_heads, case.head_dim), case.dtype)
-    k = jax.ShapeDtypeStruct((pages * (case.page_size or 16), num_kv_heads, case.head_dim), case.dtype)
-    per_token, tiles = ints(tokens), TileArrays(*[ints(64)] * 5)
-    split = SplitArrays(ints(units), ints(units), ints(units), ints(64 + 1))
+    kv_dtype = case.kv_dtype or case.dtype
+    k = jax.ShapeDtypeStruct((pages * (case.page_size or 16), num_kv_heads, case.head_dim), kv_dtype)
+    # More units than a launch has programs: each loops over its share, and needs registers for that too.
+    per_token, tiles = ints(tokens), TileArrays(*[ints(units)] * 5)
+    split = SplitArrays(ints(units), ints(units), ints(units), ints(units + 1))
     sinks: Any = jax.ShapeDtypeStruct((num_q_heads,), jnp.float32)
+    scale: Any = jax.ShapeDtypeStruct((num_kv_heads,), jnp.float32)
     args = (
         q,
         k,
@@ -105,9 +115,12 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
         ints(rows + 1),
         ints(pages),
         sinks,
+        KVScales(scale, scale),
         tiles,
         split,
         tiles,
+        ints(units),
+        ints(1),
     )
     return [k for k in compile_for(case.target, attend, *args) if "_attention" in k.name]
 
@@ -122,6 +135,21 @@ def stays_in_registers(kernel: Kernel) -> bool:
 def test_kernels_stay_in_registers(case):
     kernels = compile_case(case)
     assert len(kernels) == 3
+    assert [(k.name, k.registers, k.spilled) for k in kernels if not stays_in_registers(k)] == []
+
+
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.architecture)
+def test_kernels_of_quantised_caches_stay_in_registers(target, kv_dtype):
+    if kv_dtype == "float8_e4m3fn" and target is A100:
+        with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+            compile_case(Case(target, group_size=4, head_dim=128, kv_dtype=kv_dtype))
+        return
+    shapes = (4, 128, "bfloat16"), (8, 64, "float16"), (2, 256, "bfloat16")
+    shape = shapes[
+        (TARGETS.index(target) + QUANTIZED_DTYPES.index(kv_dtype)) % 3
+    ]  # every pair of two of them
+    kernels = compile_case(Case(target, *shape, kv_dtype=kv_dtype))
     assert [(k.name, k.registers, k.spilled) for k in kernels if not stays_in_registers(k)] == []
 
 
