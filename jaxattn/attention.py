@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+import functools
+import os
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from jaxtyping import Array, Float
 from jaxattn import mosaic, reference, triton, xla
 from jaxattn.batch import INT32_MAX
 from jaxattn.cache import QUANTIZED_DTYPES, check_scales
+from jaxattn.choice import Choice, choose, describe_device
+from jaxattn.choice_table import PHASES, Device, Layer, Table, tables
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels.arrays import KVScales
@@ -27,13 +31,7 @@ IMPLEMENTATIONS = {
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
 _E4M3_MIN_CAPABILITY = 8.9
-
-
-class Choice(NamedTuple):
-    """An implementation and why it was chosen."""
-
-    implementation: str
-    reason: str
+_MOSAIC_CAPABILITY = "9.0"
 
 
 @overload
@@ -100,7 +98,8 @@ def attention(
             "reference", the plain definition in float32;
             "xla", pure XLA over the tile schedule;
             "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU;
-            "mosaic", the Pallas kernel for Hopper GPUs, and for them alone; "auto" does not choose it.
+            "mosaic", the Pallas kernel for Hopper GPUs, and for them alone; "auto" chooses it by a table
+            of the user's own only.
 
     Returns:
         One output per query token, in the dtype of `q`; zero for padding. With `return_lse`, also
@@ -118,13 +117,20 @@ def attention(
     _validate_sinks(sinks, spec)
     scales = check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)
     if implementation == "auto":
-        implementation = choose_implementation(spec, dtype=q.dtype, kv_dtype=k.dtype).implementation
+        layer = Layer(phase_of(metadata), q.dtype.name, k.dtype.name, spec.head_dim, metadata.page_size)
+        device = describe_device()
+        obstacle_here = functools.partial(
+            obstacle_to, spec=spec, layer=layer, device=device, return_lse=return_lse, kv_elements=k.size
+        )
+        implementation = choose(layer, device, tables(), obstacle_here).implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
-    if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype, k.dtype, k.size)):
+    if implementation == "triton" and (
+        obstacle := _triton_obstacle(spec, q.dtype, k.dtype, describe_device(), k.size)
+    ):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
     if implementation == "mosaic" and (
-        obstacle := _mosaic_obstacle(spec, q.dtype, k.dtype, metadata, return_lse)
+        obstacle := _mosaic_obstacle(spec, q.dtype, k.dtype, metadata.page_size, return_lse)
     ):
         raise NotImplementedError(
             f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
@@ -141,25 +147,75 @@ def choose_implementation(
     *,
     dtype: jax.typing.DTypeLike = "float32",
     kv_dtype: jax.typing.DTypeLike | None = None,
+    page_size: int | None = None,
+    phase: str = "prefill",
     platform: str | None = None,
+    table: Table | str | os.PathLike[str] | None = None,
 ) -> Choice:
     """Which implementation "auto" stands for, and why.
 
-    The rule: on an NVIDIA GPU of compute capability 8.0 or later the Triton kernel, if it serves
-    the layer's head size and dtype; everywhere else, XLA.
+    The first measured fact that matches the layer and the device is followed, if what it names can serve
+    the layer: facts of the user's table first, then those that come with jaxattn. Without one the default
+    rule holds: on an NVIDIA GPU of compute capability 8.0 or later the Triton kernel, if it serves the
+    layer's head size and dtype; everywhere else, XLA. Nothing is timed here; `jaxattn tune` writes a table.
 
     Args:
         spec: The layer.
         dtype: Element type of the queries.
         kv_dtype: That of keys and values, where they are quantised; that of the queries where None.
+        page_size: Tokens per page; None for keys packed beside the queries.
+        phase: "decode", of a batch whose bucket promises one query token per sequence, or "prefill", of any
+            other: see `phase_of`.
         platform: "cpu", "gpu" or "tpu"; that of the default device where None.
+        table: The user's table or its file; where None, the file that the environment variable
+            `JAXATTN_CHOICES` names, if it is set.
+
+    Raises:
+        ValueError: If the phase is unknown, or a table cannot be read.
     """
-    platform = _default_device().platform if platform is None else platform
-    if platform not in ("gpu", "cuda"):
-        return Choice("xla", f"the platform is {platform}, and the Triton kernel needs an NVIDIA GPU")
-    if obstacle := _triton_obstacle(spec, dtype, kv_dtype) or _device_obstacle():
-        return Choice("xla", f"the Triton kernel cannot serve this layer: {obstacle}")
-    return Choice("triton", "an NVIDIA GPU that the Triton kernel serves")
+    if phase not in PHASES:
+        raise ValueError(f"unknown phase={phase!r}; use {' or '.join(map(repr, PHASES))}")
+    q_name = jnp.dtype(dtype).name
+    kv_name = q_name if kv_dtype is None else jnp.dtype(kv_dtype).name
+    layer = Layer(phase, q_name, kv_name, spec.head_dim, page_size)
+    device = describe_device(platform)
+    obstacle_there = functools.partial(obstacle_to, spec=spec, layer=layer, device=device)
+    return choose(layer, device, tables(table), obstacle_there)
+
+
+def phase_of(metadata: AttentionMetadata) -> str:
+    """A batch's phase: "decode" where its bucket promises one query token per sequence, else "prefill"."""
+    return "decode" if metadata.bucket.max_q_len == 1 else "prefill"
+
+
+def obstacle_to(
+    implementation: str,
+    spec: AttentionSpec,
+    layer: Layer,
+    device: Device,
+    *,
+    return_lse: bool = False,
+    kv_elements: int = 0,
+) -> str | None:
+    """Why an implementation cannot serve a layer on a device; None where it can.
+
+    Args:
+        implementation: Its name.
+        spec: The layer.
+        layer: Its element types and page size.
+        device: The device.
+        return_lse: Whether the log-sum-exp is wanted.
+        kv_elements: Numbers that the keys consist of; 0 where that is not known.
+    """
+    if implementation == "triton":
+        found = _triton_obstacle(spec, layer.dtype, layer.kv_dtype, device, kv_elements)
+        return found or _device_obstacle(device)
+    if implementation == "mosaic":
+        if found := _mosaic_obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size, return_lse):
+            return found
+        if device.compute_capability != _MOSAIC_CAPABILITY:
+            return f"it needs an NVIDIA GPU of compute capability {_MOSAIC_CAPABILITY}"
+    return None
 
 
 def _names() -> str:
@@ -170,19 +226,20 @@ def _names() -> str:
 def _triton_obstacle(
     spec: AttentionSpec,
     dtype: jax.typing.DTypeLike,
-    kv_dtype: jax.typing.DTypeLike | None = None,
-    kv_elements: int = 0,
+    kv_dtype: jax.typing.DTypeLike,
+    device: Device,
+    kv_elements: int,
 ) -> str | None:
     name = jnp.dtype(dtype).name
     if name not in _TRITON_DTYPES:
         return f"dtype {name} is not one of {', '.join(_TRITON_DTYPES)}"
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
-    if kv_dtype is None or jnp.dtype(kv_dtype).name not in QUANTIZED_DTYPES:
+    if jnp.dtype(kv_dtype).name not in QUANTIZED_DTYPES:
         return None
     if (
         jnp.dtype(kv_dtype) == jnp.float8_e4m3fn
-        and (capability := _capability() or 9.0) < _E4M3_MIN_CAPABILITY
+        and (capability := _capability(device) or 9.0) < _E4M3_MIN_CAPABILITY
     ):
         return f"compute capability {capability} cannot read float8_e4m3fn; store float8_e5m2 or int8"
     if 2**31 < kv_elements <= 2**32:
@@ -195,7 +252,7 @@ def _mosaic_obstacle(
     spec: AttentionSpec,
     dtype: jax.typing.DTypeLike,
     kv_dtype: jax.typing.DTypeLike,
-    metadata: AttentionMetadata,
+    page_size: int | None,
     return_lse: bool,
 ) -> str | None:
     if jnp.dtype(kv_dtype) != jnp.dtype(dtype):
@@ -204,34 +261,26 @@ def _mosaic_obstacle(
         )
     if spec.sinks or return_lse:
         return f"it has no {'sinks' if spec.sinks else 'return_lse'} yet"
-    return mosaic.obstacle(spec, dtype, metadata.page_size)
+    return mosaic.obstacle(spec, dtype, page_size)
 
 
-def _device_obstacle() -> str | None:
-    """Why the present GPU cannot run the kernel; None where it can or where none is present."""
-    named = getattr(_default_device(), "compute_capability", None)
+def _device_obstacle(device: Device) -> str | None:
+    """Why a GPU cannot run the Triton kernel; None where it can, and where none is known."""
+    named = device.compute_capability
     if named is None:
         return None
-    if (capability := _capability()) is None:
+    if (capability := _capability(device)) is None:
         return f"the GPU is a {named}, not one of NVIDIA's"
     too_old = capability < _TRITON_MIN_CAPABILITY
     return f"its compute capability {named} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
 
 
-def _capability() -> float | None:
-    """The compute capability of the default device; None where it is no NVIDIA GPU."""
+def _capability(device: Device) -> float | None:
+    """The compute capability of a device; None where it is no NVIDIA GPU, or not known."""
     try:
-        return float(getattr(_default_device(), "compute_capability", None) or "none")
+        return float(device.compute_capability or "none")
     except ValueError:  # another maker's GPU has a name in its place
         return None
-
-
-def _default_device() -> Any:
-    """The device that programs run on unless they are told otherwise."""
-    chosen = jax.config.jax_default_device
-    if chosen is None:
-        return jax.devices()[0]
-    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
 
 
 def _validate_sinks(sinks: Array | None, spec: AttentionSpec) -> None:

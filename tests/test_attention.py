@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import types
 
@@ -534,9 +533,7 @@ class TestChoice:
     spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=64)
 
     def test_cpu(self):
-        choice = choose_implementation(self.spec, platform="cpu")
-        assert choice.implementation == "xla"
-        assert "platform is cpu" in choice.reason
+        assert choose_implementation(self.spec, platform="cpu").implementation == "xla"
 
     @pytest.mark.parametrize("platform", ["gpu", "cuda"])
     def test_gpu(self, platform):
@@ -547,8 +544,7 @@ class TestChoice:
     )
     def test_gpu_that_the_kernel_does_not_serve(self, monkeypatch, capability, reason):
         device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        module = importlib.import_module("jaxattn.attention")  # the package exports a function of this name
-        monkeypatch.setattr(module, "_default_device", lambda: device)
+        monkeypatch.setattr("jaxattn.choice.default_device", lambda: device)
         choice = choose_implementation(self.spec)
         assert choice.implementation == "xla"
         assert reason in choice.reason
@@ -563,8 +559,7 @@ class TestChoice:
     )
     def test_float8_needs_a_gpu_that_reads_it(self, monkeypatch, capability, chosen):
         device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        module = importlib.import_module("jaxattn.attention")
-        monkeypatch.setattr(module, "_default_device", lambda: device)
+        monkeypatch.setattr("jaxattn.choice.default_device", lambda: device)
         choice = choose_implementation(self.spec, dtype="bfloat16", kv_dtype="float8_e4m3fn")
         assert choice.implementation == chosen
         for kv_dtype in ("int8", "float8_e5m2"):
