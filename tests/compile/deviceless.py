@@ -94,14 +94,16 @@ def compile_for(target: Target, function: Callable[..., Any], *args: Any) -> lis
     return kernels_of(target, lower_for(target, function, *args))
 
 
-def lower_for(target: Target, function: Callable[..., Any], *args: Any) -> Any:
+def lower_for(
+    target: Target, function: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
+) -> Any:
     """Lower a function for a GPU, all arguments kept: the first half of `compile_for`."""
     sharding = SingleDeviceSharding(_topology(target).devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     device = AbstractDevice(target.name, None, "gpu")  # the number of cores is of no interest
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        return jax.jit(function, keep_unused=True).lower(*args)
+        return jax.jit(function, keep_unused=True, donate_argnums=donate_argnums).lower(*args)
 
 
 def kernels_of(target: Target, lowered: Any) -> list[Kernel]:
