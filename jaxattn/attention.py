@@ -109,7 +109,7 @@ def attention(
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
     if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype)):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
-    if implementation == "mosaic" and (obstacle := _mosaic_obstacle(spec, q.dtype, metadata, return_lse)):
+    if implementation == "mosaic" and (obstacle := mosaic.obstacle(spec, q.dtype, metadata.page_size)):
         raise NotImplementedError(
             f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
         )
@@ -150,14 +150,6 @@ def _triton_obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike) -> str | 
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
     return None
-
-
-def _mosaic_obstacle(
-    spec: AttentionSpec, dtype: jax.typing.DTypeLike, metadata: AttentionMetadata, return_lse: bool
-) -> str | None:
-    if spec.sinks or return_lse:
-        return f"it has no {'sinks' if spec.sinks else 'return_lse'} yet"
-    return mosaic.obstacle(spec, dtype, metadata.page_size)
 
 
 def _device_obstacle() -> str | None:

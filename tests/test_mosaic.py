@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from oracle import Problem
+from oracle import Problem, attend_dense_with_lse
 from tolerances import assert_as_good_as
 
 from jaxattn import AttentionSpec, Bucket, attention, mosaic, prepare_metadata
@@ -39,12 +39,19 @@ def no_races(capsys):
 
 @functools.lru_cache(maxsize=4)
 def simulated(spec: AttentionSpec, interpret: plgpu.InterpretGPUParams = SIMULATED):
-    return jax.jit(lambda q, k, v, metadata: mosaic.attend(q, k, v, metadata, spec, interpret=interpret)[0])
+    return jax.jit(functools.partial(mosaic.attend, spec=spec, sinks=sinks_of(spec), interpret=interpret))
 
 
 @functools.lru_cache(maxsize=4)
 def plain(spec: AttentionSpec):
-    return jax.jit(lambda q, k, v, metadata: attention(q, k, v, metadata, spec, implementation="xla"))
+    return jax.jit(
+        functools.partial(attention, spec=spec, sinks=sinks_of(spec), implementation="xla", return_lse=True)
+    )
+
+
+def sinks_of(spec: AttentionSpec) -> jax.Array | None:
+    """Some below all logits, some above."""
+    return jnp.linspace(-9, 9, spec.num_q_heads, dtype=jnp.float32) if spec.sinks else None
 
 
 def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: str, bucket: Bucket = SMALL):
@@ -62,13 +69,28 @@ def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: 
 
 
 def check(workload: Workload, spec: AttentionSpec, page_size: int | None, dtype: str = "bfloat16"):
-    """As precise as XLA, and zero in the padding."""
+    """As precise as XLA; 0 and -inf in the padding."""
     problem = Problem.draw(workload, spec)
+    # What the dtype can represent: rounding the inputs is no error of the kernel's.
+    problem = dataclasses.replace(
+        problem,
+        **{x: [np.asarray(jnp.asarray(a, dtype), np.float32) for a in getattr(problem, x)] for x in "qkv"},
+    )
     args = inputs(problem, spec, page_size, dtype)
-    got, expected = (np.asarray(f(spec)(*args), np.float64) for f in (simulated, plain))
+    (got, got_lse), (out, lse) = (
+        [np.asarray(x, np.float64) for x in f(spec)(*args)] for f in (simulated, plain)
+    )
+    sinks = None if not spec.sinks else np.asarray(sinks_of(spec))
+    sequences = zip(problem.q, problem.k, problem.v, strict=True)
+    exact, exact_lse = (
+        np.concatenate(x)
+        for x in zip(*(attend_dense_with_lse(*qkv, spec, sinks) for qkv in sequences), strict=True)
+    )
     n = sum(workload.q_lens)
-    assert_as_good_as(got[:n], expected[:n], problem.expected(spec), jnp.dtype(dtype))
+    assert_as_good_as(got[:n], out[:n], exact, jnp.dtype(dtype))
+    assert_as_good_as(got_lse[:n], lse[:n], exact_lse, jnp.dtype("float32"))
     np.testing.assert_array_equal(got[n:], 0)
+    np.testing.assert_array_equal(got_lse[n:], -np.inf)
 
 
 def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) -> AttentionSpec:
@@ -76,13 +98,17 @@ def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) ->
 
 
 LAYERS = {
-    "mha": (layer(2, 2), 16, "bfloat16"),
+    "mha, sinks": (layer(2, 2, sinks=True), 16, "bfloat16"),
     "two heads per group, window and cap, small pages": (
         layer(2, 1, sliding_window=7, logits_soft_cap=5.0),
         8,
         "float16",
     ),
-    "four heads per group, window of several pages": (layer(4, 1, 128, sliding_window=40), 64, "bfloat16"),
+    "four heads per group, window of several pages": (
+        layer(4, 1, 128, sliding_window=40, sinks=True),
+        64,
+        "bfloat16",
+    ),
     "eight heads per group, cap": (layer(8, 1, logits_soft_cap=5.0), 16, "bfloat16"),
     "rows that no head fills, pages larger than a block": (layer(3, 1), 256, "float16"),
 }
@@ -122,7 +148,7 @@ def test_agrees_with_xla_everywhere(group_size, page_size, head_dim):
 def test_a_number_of_tokens_that_no_tile_divides():
     spec = layer(2, 1)
     problem = Problem.draw(Workload("odd", (5, 6), (0, 0), ""), spec)
-    got = simulated(spec)(*inputs(problem, spec, None, "float16", Bucket(11, 2)))
+    got, _ = simulated(spec)(*inputs(problem, spec, None, "float16", Bucket(11, 2)))
     np.testing.assert_allclose(np.asarray(got, np.float64), problem.expected(spec), atol=5e-3)
 
 
@@ -214,7 +240,7 @@ def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
     spec = layer(1, 1)
     problem = Problem.draw(Workload("one tile", (70,), (num_keys - 70,), ""), spec)
     args = inputs(problem, spec, 64, "bfloat16", Bucket(72, 1))
-    jax.block_until_ready(mosaic.attend(*args, spec, interpret=REPORTED))
+    jax.block_until_ready(mosaic.attend(*args, spec, interpret=REPORTED)[0])
     report = caplog.text + capsys.readouterr().out
     assert ("RACE DETECTED" in report) == (mistake != "none")
 
@@ -245,6 +271,7 @@ def test_is_exported_with_64_bit_types_enabled():
     ("options", "reason"),
     [
         ({"dtype": "float32"}, "dtype float32 is not one of bfloat16, float16"),
+        ({"kv_dtype": "float8_e4m3fn"}, "keys are float8_e4m3fn and queries bfloat16"),
         ({"head_dim": 80}, "head_dim=80 is not one of 64, 128, 256"),
         ({"group_size": 65}, "65 query heads per key head exceed the 64 rows"),
         ({"page_size": 12}, "page_size=12 is not a multiple of 8"),
@@ -255,15 +282,6 @@ def test_what_the_kernel_cannot_serve_has_a_reason(options, reason):
     possible = {"dtype": "bfloat16", "head_dim": 64, "group_size": 3, "page_size": 16}
     assert kernel.obstacle(**possible) is None
     assert reason in kernel.obstacle(**(possible | options))
-
-
-@pytest.mark.parametrize("name", ["sinks", "return_lse"])
-def test_attention_refuses_what_the_kernel_does_not_have(name):
-    spec = layer(2, 1, sinks=name == "sinks")
-    args = inputs(Problem.draw(ODD[0], spec), spec, 16, "bfloat16")
-    options: dict[str, Any] = {"sinks": jnp.zeros(2)} if name == "sinks" else {"return_lse": True}
-    with pytest.raises(NotImplementedError, match=f"it has no {name} yet; use 'triton'"):
-        attention(*args, spec, implementation="mosaic", **options)
 
 
 def test_attention_refuses_what_the_kernel_cannot_serve():

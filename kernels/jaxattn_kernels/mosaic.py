@@ -11,7 +11,6 @@ Every call that exists only on the Mosaic GPU backend is made in this file (`plg
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxattn_kernels.arrays import KeyLookup, TileList, VisibleRange
+from jaxattn_kernels.arrays import Attended, KeyLookup, TileList, VisibleRange
 
-# Softmax in base 2: the GPU has exp2, and log2(e) goes into the scale.
+# Softmax in base 2: the GPU has exp2 and log2, and log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
 # The score of a key that is not seen, finite so that no difference of two of them is NaN.
 NEG = -1e30
@@ -72,19 +71,28 @@ def config_for(*, num_consumers: int, head_dim: int) -> KernelConfig:
 
 
 def obstacle(
-    *, dtype: jax.typing.DTypeLike, head_dim: int, group_size: int, page_size: int | None
+    *,
+    dtype: jax.typing.DTypeLike,
+    head_dim: int,
+    group_size: int,
+    page_size: int | None,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> str | None:
     """Why the kernel cannot serve a layer; None where it can.
 
     Args:
-        dtype: Element type of queries, keys and values.
+        dtype: Element type of queries.
         head_dim: Size of a head.
         group_size: Query heads per key head.
         page_size: Tokens per page, or None for packed keys.
+        kv_dtype: Element type of keys and values; that of queries where None.
     """
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
         return f"dtype {name} is not one of {', '.join(DTYPES)}"
+    kv_name = name if kv_dtype is None else jnp.dtype(kv_dtype).name
+    if kv_name != name:
+        return f"keys are {kv_name} and queries {name}; a product takes both in one type"
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if group_size > ROWS:
@@ -107,13 +115,14 @@ def ragged_attention(
     lookup: KeyLookup,
     tile_lists: tuple[TileList, ...],
     *,
+    sinks: jax.Array | None = None,
     page_size: int | None,
     scale: float,
     logits_soft_cap: float | None,
     windowed: bool,
     interpret: Any = None,
     config: KernelConfig | None = None,
-) -> jax.Array:
+) -> Attended:
     """Attend with every tile of every list; each row of the output is written by one tile.
 
     Args:
@@ -124,6 +133,8 @@ def ragged_attention(
         lookup: Where a sequence's keys lie.
         tile_lists: The tiles, unsplit; of at most `tokens_per_consumer` tokens for one consumer, of at
             most twice as many for two.
+        sinks: `[N]` float32 One logit per query head that takes its share of the softmax and has no
+            value; None for none.
         page_size: Tokens per page, or None for packed keys.
         scale: Factor on q·k.
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
@@ -133,24 +144,28 @@ def ragged_attention(
         config: Sizes of the launches; chosen by `config_for` where None.
 
     Returns:
-        `[T, N, H]` Outputs in the dtype of `q`; rows that no tile covers are undefined.
+        `out [T, N, H]` in the dtype of `q`, and `lse [T, N]`, a natural logarithm; 0 and -inf for a
+        token that sees no key. Rows that no tile covers are undefined.
 
     Raises:
         NotImplementedError: If there is an `obstacle`.
     """
-    group_size, head_dim = q.shape[1] // k.shape[1], q.shape[2]
-    if reason := obstacle(dtype=q.dtype, head_dim=head_dim, group_size=group_size, page_size=page_size):
+    (T, N, head_dim), K = q.shape, k.shape[1]
+    group_size = N // K
+    if reason := obstacle(
+        dtype=q.dtype, kv_dtype=k.dtype, head_dim=head_dim, group_size=group_size, page_size=page_size
+    ):
         raise NotImplementedError(reason)
     if remainder := -k.shape[0] % TILE_ROWS:  # whole tiles are copied
         k, v = (jnp.pad(x, ((0, remainder), (0, 0), (0, 0))) for x in (k, v))
-    # All launches write into one buffer. Interpreted, a row that none of them writes is NaN.
-    blank = lax.empty(q.shape, q.dtype) if interpret is None else jnp.full(q.shape, jnp.nan, q.dtype)
-    out_ref = jax.new_ref(blank)
-    for tiles, block_q, _, _ in tile_lists:
+    # All launches write into one buffer.
+    out_ref = jax.new_ref(_blank(q.shape, q.dtype, interpret))
+    lse = jnp.full((T, N), jnp.nan, jnp.float32)
+    for tile_list in tile_lists:
         program = _Program(
             group_size=group_size,
             head_dim=head_dim,
-            num_consumers=pl.cdiv(block_q, tokens_per_consumer(group_size)),
+            num_consumers=pl.cdiv(tile_list.block_q, tokens_per_consumer(group_size)),
             page_size=page_size,
             scale=scale,
             logits_soft_cap=logits_soft_cap,
@@ -159,13 +174,19 @@ def ragged_attention(
             interpreted=interpret is not None,
             config=config,
         )
-        _launch(program, q, k, v, visible, lookup, tiles, out_ref, interpret)
-    return jax.freeze(out_ref)
+        lse_of_rows = _launch(program, q, k, v, visible, lookup, tile_list, sinks, out_ref, interpret)
+        lse = _lse_of_tokens(program, tile_list, lse_of_rows, lse)
+    return Attended(jax.freeze(out_ref), lse)
 
 
 def tokens_per_consumer(group_size: int) -> int:
     """Tokens whose query heads, G for one key head, fill the rows of one consumer."""
     return ROWS // group_size
+
+
+def _blank(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, interpret: Any) -> jax.Array:
+    """Memory for a result. Interpreted, what nobody writes is NaN."""
+    return lax.empty(shape, dtype) if interpret is None else jnp.full(shape, jnp.nan, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +222,8 @@ class _Program:
     def rows_shape(self) -> tuple[int, ...]:
         """Of a consumer's plain rows; the simulator cannot view them as tokens, and is given tokens."""
         if self.interpreted:
-            return pl.cdiv(ROWS, self.group_size), self.group_size, self.head_dim
-        return ROWS, self.head_dim
+            return pl.cdiv(ROWS, self.group_size), self.group_size
+        return (ROWS,)
 
     @property
     def copy_rows(self) -> int:
@@ -215,10 +236,11 @@ class _Program:
         return self.sizes.block_k // self.copy_rows
 
 
-class _Tile(NamedTuple):
+class _Unit(NamedTuple):
     """What a program has to know of its tile. Keys are numbered as the program reads them.
 
     Attributes:
+        tile: Which tile it is.
         q_start: First token.
         q_len: Tokens; 0 for a dead tile.
         key_base: The sequence's first entry in the page list, or, unpaged, the row of key 0.
@@ -230,6 +252,7 @@ class _Tile(NamedTuple):
         all_end: One past the last such block.
     """
 
+    tile: jax.Array
     q_start: jax.Array
     q_len: jax.Array
     key_base: jax.Array
@@ -239,6 +262,36 @@ class _Tile(NamedTuple):
     num_blocks: jax.Array
     all_begin: jax.Array
     all_end: jax.Array
+
+
+class _Arguments(NamedTuple):
+    """Arrays in the GPU's memory that a program reads and writes; in the kernel, references to them.
+
+    Attributes:
+        plan: `[W, fields of _Unit]` The units, in the order in which programs take them.
+        row_start: `[W, consumers, ROWS]` First key that each row of a tile sees; None where it is key 0.
+        row_end: `[W, consumers, ROWS]` One past the last; a dead row sees none.
+        sinks: `[K, ROWS]` The sink of each row in base 2, or None.
+        pages: `[P]` Page list, or None.
+        q: `[T, N, H]` Queries.
+        k: `[S, K, H]` Keys.
+        v: `[S, K, H]` Values.
+        out: `[T, N, H]` Outputs.
+        lse: `[W, consumers, K, ROWS]` Log-sum-exp of each row. Outputs leave by the copy engine, which
+            takes no less than 16 bytes; so these stay with the rows, and are sorted by token beside
+            the kernel, where somebody reads them.
+    """
+
+    plan: Any
+    row_start: Any
+    row_end: Any
+    sinks: Any
+    pages: Any
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
 
 
 class _Smem(NamedTuple):
@@ -265,13 +318,26 @@ class _Barriers(NamedTuple):
     turn: Any  # two consumers change places at the tensor cores; None for one
 
 
-def _launch(program: _Program, q, k, v, visible, lookup, tiles, out_ref, interpret) -> None:
-    """Run one list of tiles; writes into `out_ref`."""
-    sizes, consumers, H = program.sizes, program.num_consumers, program.head_dim
-    plan, row_start, row_end = _plan(program, visible, lookup, tiles)
-    inputs = [plan, row_end]
-    inputs += [row_start] if program.masks_start else []
-    inputs += [lookup.pages] if lookup.pages is not None else []
+def _launch(
+    program: _Program, q, k, v, visible, lookup, tile_list: TileList, sinks, out_ref, interpret
+) -> jax.Array:
+    """Run one list of tiles: write into `out_ref`, and return the log-sum-exp of the rows."""
+    sizes, consumers, H, K = program.sizes, program.num_consumers, program.head_dim, k.shape[1]
+    plan, row_start, row_end = _plan(program, visible, lookup, tile_list)
+    lse_ref = jax.new_ref(_blank((row_end.shape[0], consumers, K, ROWS), jnp.float32, interpret))
+    arguments = _Arguments(
+        plan=plan,
+        row_start=row_start if program.masks_start else None,
+        row_end=row_end,
+        sinks=None if sinks is None else _sinks_of_rows(program, sinks),
+        pages=lookup.pages,
+        q=q,
+        k=k,
+        v=v,
+        out=out_ref,
+        lse=lse_ref,
+    )
+    leaves, structure = jax.tree.flatten(arguments)
 
     tiled = (
         plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)),  # pyright: ignore[reportAbstractUsage]
@@ -280,7 +346,7 @@ def _launch(program: _Program, q, k, v, visible, lookup, tiles, out_ref, interpr
     blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), q.dtype, transforms=tiled)
     # Each consumer has its own part of both. The simulator sees a union as one piece, hence races in it.
     rows_or_q = (
-        plgpu.SMEM((consumers, *program.rows_shape), q.dtype),
+        plgpu.SMEM((consumers, *program.rows_shape, H), q.dtype),
         plgpu.SMEM((consumers, ROWS, H), q.dtype, transforms=tiled),
     )
     smem = _Smem(
@@ -298,9 +364,14 @@ def _launch(program: _Program, q, k, v, visible, lookup, tiles, out_ref, interpr
         v_free=released,
         turn=plgpu.Barrier(num_arrivals=2) if consumers == 2 else None,
     )
+
+    def kernel(*refs) -> None:
+        *refs, smem, barriers = refs
+        _kernel(program, structure.unflatten(refs), smem, barriers)
+
     plgpu.kernel(
-        functools.partial(_kernel, program),
-        grid=(tiles.seq.shape[0], k.shape[1]),
+        kernel,
+        grid=(plan.shape[0], K),
         grid_names=("tile", "head"),
         num_threads=consumers + 1,
         thread_name="warpgroup",
@@ -309,17 +380,17 @@ def _launch(program: _Program, q, k, v, visible, lookup, tiles, out_ref, interpr
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
-    )(*inputs, q, k, v, out_ref)
+    )(*leaves)
+    return jax.freeze(lse_ref)
 
 
-def _plan(program: _Program, visible, lookup, tiles):
-    """Gather each tile's part of the metadata: `[W, fields of _Tile]`, and twice `[W, consumers, ROWS]`.
+def _plan(program: _Program, visible, lookup, tile_list: TileList):
+    """Gather each tile's part of the metadata.
 
     Returns:
-        The tiles, and the first and one past the last key that each of their rows sees; a dead row
-        sees none.
+        `plan`, `row_start` and `row_end`: see `_Arguments`.
     """
-    block_k, G = program.sizes.block_k, program.group_size
+    block_k, G, tiles = program.sizes.block_k, program.group_size, tile_list.tiles
 
     def per_row(tile_values):
         return tile_values[:, None, None]
@@ -341,7 +412,8 @@ def _plan(program: _Program, visible, lookup, tiles):
     begin = first // block_k
     stop = jnp.where(end > first, (end + (block_k - 1)) // block_k, begin)
     least_end = jnp.where(live, row_end, per_row(end)).min(axis=(1, 2))
-    plan = _Tile(
+    plan = _Unit(
+        tile=jnp.arange(tiles.seq.shape[0], dtype=jnp.int32),
         q_start=tiles.q_start,
         q_len=tiles.q_len,
         key_base=key_base,
@@ -352,34 +424,49 @@ def _plan(program: _Program, visible, lookup, tiles):
         all_begin=(row_start.max(axis=(1, 2)) + (block_k - 1)) // block_k,
         all_end=least_end // block_k,
     )
-    return jnp.stack(plan, axis=1), row_start, row_end
+    plan = jnp.stack(plan, axis=1)
+    return plan if tile_list.order is None else plan[tile_list.order], row_start, row_end
 
 
-def _kernel(program: _Program, plan_ref, row_end_ref, *refs) -> None:
-    """Unpack the references, in the order of `_launch`, and give the warpgroups their roles."""
-    row_start_ref, refs = (refs[0], refs[1:]) if program.masks_start else (None, refs)
-    pages_ref, refs = (refs[0], refs[1:]) if program.page_size is not None else (None, refs)
-    q_ref, k_ref, v_ref, o_ref, smem, barriers = refs
+def _sinks_of_rows(program: _Program, sinks: jax.Array) -> jax.Array:
+    """`[K, ROWS]` The sink of each row of a consumer, in base 2."""
+    head = jnp.arange(ROWS, dtype=jnp.int32) % program.group_size
+    return sinks.astype(jnp.float32).reshape(-1, program.group_size)[:, head] * LOG2E
 
+
+def _lse_of_tokens(program: _Program, tile_list: TileList, lse_of_rows, lse: jax.Array) -> jax.Array:
+    """`[T, N]` The log-sum-exp of the tokens of a list; that of other tokens is left as it is."""
+    tiles, (_, consumers, K, _), (T, N) = tile_list.tiles, lse_of_rows.shape, lse.shape
+    token = jnp.arange(consumers * program.tokens, dtype=jnp.int32)[None, :]
+    place = jnp.where(token < tiles.q_len[:, None], tiles.q_start[:, None] + token, T)
+    consumer = jnp.arange(tiles.seq.shape[0], dtype=jnp.int32)[:, None] * consumers + token // program.tokens
+    first_row = consumer * (K * ROWS) + token % program.tokens * program.group_size
+    # The same for all layers of a step: the compiler keeps one, and none where nobody reads the result.
+    first_row = jnp.full((T,), -1, jnp.int32).at[place].set(first_row, mode="drop")[:, None]
+    head = jnp.arange(N, dtype=jnp.int32)
+    row = first_row + (head // program.group_size * ROWS + head % program.group_size)[None, :]
+    return jnp.where(first_row >= 0, lse_of_rows.reshape(-1).at[row].get(mode="clip"), lse)
+
+
+def _kernel(program: _Program, refs: _Arguments, smem: _Smem, barriers: _Barriers) -> None:
+    """Give the warpgroups their roles."""
     w, head, warpgroup = lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index("warpgroup")
 
-    @pl.when(plan_ref[w, _Tile._fields.index("q_len")] > 0)
+    @pl.when(refs.plan[w, _Unit._fields.index("q_len")] > 0)
     def _():
-        tile = _Tile(*(plan_ref[w, i] for i in range(len(_Tile._fields))))
+        unit = _Unit(*(refs.plan[w, i] for i in range(len(_Unit._fields))))
 
         @pl.when(warpgroup < program.num_consumers)
         def _():
-            row_start = None if row_start_ref is None else _row_numbers(row_start_ref.at[w, warpgroup])
-            row_end = _row_numbers(row_end_ref.at[w, warpgroup])
-            _consume(program, tile, head, warpgroup, row_start, row_end, q_ref, o_ref, smem, barriers)
+            _consume(program, unit, head, warpgroup, refs, smem, barriers)
 
         @pl.when(warpgroup == program.num_consumers)
         def _():
-            _produce(program, tile, head, pages_ref, k_ref, v_ref, smem, barriers)
+            _produce(program, unit, head, refs, smem, barriers)
 
 
 def _produce(
-    program: _Program, tile: _Tile, head, pages_ref, k_ref, v_ref, smem: _Smem, barriers: _Barriers
+    program: _Program, tile: _Unit, head, refs: _Arguments, smem: _Smem, barriers: _Barriers
 ) -> None:
     """Copy the tile's blocks of keys and values, each as soon as its place is free.
 
@@ -395,7 +482,7 @@ def _produce(
         if page_size is None:
             return tile.key_base + key
         page = jnp.clip(key // page_size, tile.kv_start // page_size, (tile.kv_end - 1) // page_size)
-        return pages_ref[tile.key_base + page] * page_size + key % page_size
+        return refs.pages[tile.key_base + page] * page_size + key % page_size
 
     @pl.loop(0, tile.num_blocks)
     def _(i):
@@ -403,8 +490,8 @@ def _produce(
         first = (tile.begin + i) * block_k
         sources = [source_row(first + n * copy_rows) for n in range(program.copies)]
         for ref, place, ready, free in (
-            (k_ref, smem.k, barriers.k_ready, barriers.k_free),
-            (v_ref, smem.v, barriers.v_ready, barriers.v_free),
+            (refs.k, smem.k, barriers.k_ready, barriers.k_free),
+            (refs.v, smem.v, barriers.v_ready, barriers.v_free),
         ):
 
             @pl.when(i >= num_stages)
@@ -427,16 +514,7 @@ def _produce(
 
 
 def _consume(
-    program: _Program,
-    tile: _Tile,
-    head,
-    me,
-    row_start,
-    row_end,
-    q_ref,
-    o_ref,
-    smem: _Smem,
-    barriers: _Barriers,
+    program: _Program, tile: _Unit, head, me, refs: _Arguments, smem: _Smem, barriers: _Barriers
 ) -> None:
     """Online softmax of the rows of one consumer over the tile's keys.
 
@@ -447,10 +525,7 @@ def _consume(
         tile: The tile.
         head: The key head.
         me: Number of the consumer.
-        row_start: `[ROWS]` First visible key of each row, or None where it is key 0.
-        row_end: `[ROWS]` One past the last.
-        q_ref: `[T, N, H]` Queries.
-        o_ref: `[T, N, H]` Outputs.
+        refs: Arguments.
         smem: Shared memory.
         barriers: Barriers.
     """
@@ -460,9 +535,12 @@ def _consume(
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
     first_token, heads = me * program.tokens, pl.ds(head * program.group_size, program.group_size)
     rows, q_smem = (ref.at[me] for ref in smem.rows_or_q)
+    # `[ROWS]` First visible key of each row, and one past the last.
+    row_start = None if refs.row_start is None else _row_numbers(refs.row_start.at[tile.tile, me])
+    row_end = _row_numbers(refs.row_end.at[tile.tile, me])
 
     plgpu.copy_gmem_to_smem(
-        q_ref.at[pl.ds(tile.q_start + first_token, program.tokens), heads],
+        refs.q.at[pl.ds(tile.q_start + first_token, program.tokens), heads],
         _token_rows(program, rows, 0, program.tokens),
         barriers.q_ready.at[me],
     )
@@ -503,7 +581,7 @@ def _consume(
         _clear_strangers(program, tile, me, smem.v.at[stage], j)
         if program.num_consumers == 2:
             plgpu.barrier_wait(barriers.turn)
-        acc = _add_values(program, acc, p.astype(q_ref.dtype), smem.v.at[stage])
+        acc = _add_values(program, acc, p.astype(refs.q.dtype), smem.v.at[stage])
         plgpu.barrier_arrive(barriers.v_free.at[stage])
         return acc, new_max, total
 
@@ -515,11 +593,16 @@ def _consume(
     )
     # The second consumer begins when the first has issued its first product.
     pl.when(me == 1)(take_turns)
-    acc, _, total = lax.fori_loop(0, tile.num_blocks, attend_block, state)
+    acc, row_max, total = lax.fori_loop(0, tile.num_blocks, attend_block, state)
     pl.when(me == 0)(take_turns)
 
-    out = acc * _across(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
-    _store_rows(program, rows, out.astype(o_ref.dtype))
+    rescale, sink = 1.0, None if refs.sinks is None else _row_numbers(refs.sinks.at[head])
+    if sink is not None:
+        rescale, row_max, total = _add_sink(row_max, total, sink)
+    out = acc * _across(rescale / jnp.where(total > 0, total, 1.0), acc.shape)
+    lse = jnp.where(total > 0, row_max + jnp.log2(total), -jnp.inf)
+    _store(refs.lse.at[tile.tile, me, head], lse / LOG2E)
+    _store_rows(program, rows, out.astype(refs.out.dtype))
     plgpu.commit_smem()
     # A copy has a fixed size: as many tokens as there are, in powers of two.
     num_tokens = jnp.clip(tile.q_len - first_token, 0, program.tokens)
@@ -531,11 +614,27 @@ def _consume(
         def _(done=done, size=size):
             plgpu.copy_smem_to_gmem(
                 _token_rows(program, rows, done, size),
-                o_ref.at[pl.ds(tile.q_start + first_token + done, size), heads],
+                refs.out.at[pl.ds(tile.q_start + first_token + done, size), heads],
             )
 
         done += here
     plgpu.wait_smem_to_gmem(0)
+
+
+def _add_sink(row_max: jax.Array, total: jax.Array, sink: jax.Array) -> tuple[jax.Array, ...]:
+    """Add to a softmax a key whose value is 0. What has seen no key has no sink.
+
+    Args:
+        row_max: Largest logit, in base 2.
+        total: Sum of weights; 0 where no key was seen.
+        sink: Logit of the sink, in base 2.
+
+    Returns:
+        The factor on sums of weights, the new maximum and the new total.
+    """
+    new_max = jnp.maximum(row_max, sink)
+    rescale = jnp.exp2(row_max - new_max)
+    return rescale, new_max, jnp.where(total > 0, total * rescale + jnp.exp2(sink - new_max), total)
 
 
 def _row_numbers(ref) -> jax.Array:
@@ -585,7 +684,7 @@ def _simulated_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _clear_strangers(program: _Program, tile: _Tile, me, v_smem, j) -> None:
+def _clear_strangers(program: _Program, tile: _Unit, me, v_smem, j) -> None:
     """Zero the values of block j that belong to no key of the tile.
 
     Their weights are zero, but what lies there may be NaN, and 0 * NaN is NaN. The first consumer does
@@ -625,9 +724,15 @@ def _load_rows(program: _Program, rows) -> jax.Array:
 def _store_rows(program: _Program, rows, values: jax.Array) -> None:
     """Write `[ROWS, H]` to a consumer's plain rows."""
     if program.interpreted:
-        excess = math.prod(program.rows_shape[:2]) - ROWS
-        rows[...] = jnp.pad(values, ((0, excess), (0, 0))).reshape(program.rows_shape)
-    elif hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses a store whose banks collide
-        plgpu.store(rows, values, optimized=False)
+        excess = math.prod(program.rows_shape) - ROWS
+        rows[...] = jnp.pad(values, ((0, excess), (0, 0))).reshape(rows.shape)
     else:
-        rows[...] = values
+        _store(rows, values)
+
+
+def _store(ref, values: jax.Array) -> None:
+    """Write, also where threads do not write neighbouring numbers, or not to different banks."""
+    if hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses it
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values

@@ -37,12 +37,12 @@ def ints(n):
     return jax.ShapeDtypeStruct((n,), jnp.int32)
 
 
-def attend(q, k, v, visible, start, page_list, tiles):
+def attend(q, k, v, visible, start, page_list, tiles, sinks):
     return ragged_attention(
         q, k, v, visible,
         KeyLookup(start, page_list if page_size else None),
         (TileList(tiles, num_consumers * tokens_per_consumer(group_size), None),),
-        page_size=page_size or None, scale=0.1,
+        sinks=sinks if masked else None, page_size=page_size or None, scale=0.1,
         logits_soft_cap=30.0 if masked else None, windowed=bool(masked),
     )
 
@@ -50,8 +50,9 @@ def attend(q, k, v, visible, start, page_list, tiles):
 q = jax.ShapeDtypeStruct((tokens, num_kv_heads * group_size, head_dim), jnp.bfloat16)
 k = jax.ShapeDtypeStruct((pages * page_size or tokens, num_kv_heads, head_dim), jnp.bfloat16)
 tiles = TileArrays(*[ints(64)] * 5)
+sinks = jax.ShapeDtypeStruct((q.shape[1],), jnp.float32)
 visible = VisibleRange(ints(tokens), ints(tokens))
-compile_for(H200, attend, q, k, k, visible, ints(rows + 1), ints(pages), tiles)
+compile_for(H200, attend, q, k, k, visible, ints(rows + 1), ints(pages), tiles, sinks)
 """
 
 
@@ -88,7 +89,7 @@ def compile_kernel(folder: Path, *arguments: int) -> Compiled:
     )
 
 
-# Head dim, heads per group, page size (0: packed), consumers, window and cap.
+# Head dim, heads per group, page size (0: packed), consumers, window, cap and sinks.
 CASES = [
     *((head_dim, 4, 16, consumers, 1) for head_dim, consumers in itertools.product(HEAD_DIMS, (1, 2))),
     *((head_dim, 1, 64, consumers, 0) for head_dim, consumers in zip(HEAD_DIMS, (2, 1, 2), strict=True)),
