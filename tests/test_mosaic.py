@@ -118,7 +118,7 @@ LAYERS = {
         64,
         "bfloat16",
     ),
-    "eight heads per group, cap": (layer(8, 1, logits_soft_cap=5.0), 16, "bfloat16"),
+    "eight heads per group, cap": (layer(8, 1, 80, logits_soft_cap=5.0), 16, "bfloat16"),
     "rows that no head fills, pages larger than a block": (layer(3, 1), 256, "float16"),
 }
 
@@ -148,7 +148,7 @@ SPLITS = {
     # Sequences of one unit and of several; padding, hence a tile without keys.
     "sinks": (64, (1, 3, 2, 1), (300, 4, 126, 0), layer(8, 2, sinks=True), 16, Bucket(12, 4, max_q_len=3)),
     # A window that begins amid a unit, and units that some token does not see.
-    "window": (64, (3, 1), (160, 30), layer(3, 1, sliding_window=90), 8, Bucket(4, 2, max_q_len=3)),
+    "window": (64, (3, 1), (160, 30), layer(5, 1, 96, sliding_window=90), 8, Bucket(4, 2, max_q_len=3)),
     # Units that share a block of keys with others.
     "packed": (8, (15, 33, 2), (0, 0, 0), layer(1, 1, sinks=True), None, Bucket(56, 3, max_q_len=33)),
 }
@@ -334,12 +334,14 @@ def count_kernels(spec: AttentionSpec, page_size: int | None) -> int:
     return export.export(attend, **TARGET)(*args).mlir_module().count("custom_call @mosaic_gpu_v2")
 
 
-@pytest.mark.parametrize("page_size", [8, 128, None])
-@pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
-def test_is_exported_for_cuda_from_anywhere(head_dim, page_size):
-    spec = layer(6, 2, head_dim, logits_soft_cap=5.0, sinks=True)
-    assert count_kernels(spec, page_size) == 3, "short queries, their merge, and long ones"
-    assert count_kernels(dataclasses.replace(spec, sliding_window=40), page_size) == 2, "nothing to merge"
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "window"),
+    [(64, 8, None), (80, 128, None), (96, None, None), (128, 128, 40), (128, 8, 600), (256, None, 40)],
+)
+def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, window):
+    spec = layer(10, 2, head_dim, sliding_window=window, logits_soft_cap=5.0, sinks=True)
+    # For short queries, to merge them if they are split, and for long ones.
+    assert count_kernels(spec, page_size) == (2 if window == 40 else 3)
 
 
 def test_is_exported_with_64_bit_types_enabled(monkeypatch):
@@ -353,7 +355,8 @@ def test_is_exported_with_64_bit_types_enabled(monkeypatch):
     [
         ({"dtype": "float32"}, "dtype float32 is not one of bfloat16, float16"),
         ({"kv_dtype": "float8_e4m3fn"}, "keys are float8_e4m3fn and queries bfloat16"),
-        ({"head_dim": 80}, "head_dim=80 is not one of 64, 128, 256"),
+        ({"head_dim": 72}, "head_dim=72 is not one of 64, 80, 96, 128, 256"),
+        ({"head_dim": 96}, "63 rows of 96 numbers are no multiple of the 64 that a copy brings"),
         ({"group_size": 65}, "65 query heads per key head exceed the 64 rows"),
         ({"page_size": 12}, "page_size=12 is not a multiple of 8"),
         ({"page_size": 24}, "page_size=24 neither divides nor is a multiple"),

@@ -36,18 +36,15 @@ FLOOR = NEG / 2
 
 ROWS = 64
 """Rows of a consumer, each a pair of a token and a query head: the height of a `wgmma` product."""
-# Shared memory for products is tiled and swizzled; 64 numbers of 16 bits are the 128 bytes of a row.
-TILE_ROWS, TILE_COLUMNS = 8, 64
-HEAD_DIMS = (64, 128, 256)
+# Shared memory for products is tiled and swizzled. A tile has as many columns as divide a head.
+TILE_ROWS, TILE_COLUMNS = 8, (64, 32, 16)
+HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
+# A copy that is waited for brings a multiple of 128 bytes, here of 64 numbers.
+COPY_SIZE = 64
 
 MERGED = 32
 """Partial results that a program of the merge loads at once."""
-# Of as many partial results, one under the other: a warp has a quarter of the columns, and all of the rows,
-# so that sums of rows stay in it; a thread loads 16 bytes at a time.
-MERGE_LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 64), (8, 16), (4,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
-)
 MAX_PROGRAMS = 2048
 """Programs of one launch, at most, as for the Triton kernel: beyond them, each takes several units."""
 
@@ -110,6 +107,9 @@ def obstacle(
         return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if group_size > ROWS:
         return f"a token's {group_size} query heads per key head exceed the {ROWS} rows of a product"
+    rows = tokens_per_consumer(group_size) * group_size
+    if rows * head_dim % COPY_SIZE:
+        return f"{rows} rows of {head_dim} numbers are no multiple of the {COPY_SIZE} that a copy brings"
     if page_size is None:
         return None
     if page_size % TILE_ROWS:
@@ -225,6 +225,11 @@ class _Program:
     @property
     def sizes(self) -> KernelConfig:
         return self.config or config_for(num_consumers=self.num_consumers, head_dim=self.head_dim)
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of a tile in shared memory."""
+        return next(columns for columns in TILE_COLUMNS if self.head_dim % columns == 0)
 
     @property
     def tokens(self) -> int:
@@ -430,8 +435,8 @@ def _scratch(program: _Program, dtype, *, is_split: bool) -> tuple[_Smem, _Barri
     """Shared memory and barriers of a program."""
     sizes, consumers, H = program.sizes, program.num_consumers, program.head_dim
     tiled = (
-        plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+        plgpu.TilingTransform((TILE_ROWS, program.tile_columns)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(2 * program.tile_columns),  # pyright: ignore[reportAbstractUsage]
     )
     blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), dtype, transforms=tiled)
     # Each consumer has its own part of both. The simulator sees a union as one piece, hence races in it.
@@ -787,7 +792,12 @@ def _merge(program: _Program, refs: _MergeArguments) -> None:
     many are loaded at once.
     """
     G, H, head = program.group_size, program.head_dim, lax.axis_index("head")
-    room, layout = refs.partial.out.shape[0], MERGE_LAYOUT
+    room = refs.partial.out.shape[0]
+    # A warp has a quarter of a tile's columns, and all of its rows: so sums of rows stay in it. A thread has
+    # neighbouring numbers, four of them where heads are of 64.
+    quarter = program.tile_columns // 4
+    tiling = plgpu.Tiling(((8, 4 * quarter), (8, quarter), (quarter // 4,)))
+    layout = plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
     def merge_token(w, token):
         me, row = token // program.tokens, token % program.tokens * G + head % G
@@ -890,8 +900,8 @@ def _clear_strangers(program: _Program, unit: _Unit, me, v_smem, j) -> None:
     @pl.when(has_strangers & (me == 0))
     def _():
         for row in range(0, block_k, ROWS):
-            for column in range(0, program.head_dim, TILE_COLUMNS):
-                part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, TILE_COLUMNS)]
+            for column in range(0, program.head_dim, program.tile_columns):
+                part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, program.tile_columns)]
                 values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
                 key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
                 key += first_key + row
