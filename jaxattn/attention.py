@@ -120,7 +120,7 @@ def attention(
         layer = Layer(phase_of(metadata), q.dtype.name, k.dtype.name, spec.head_dim, metadata.page_size)
         device = describe_device()
         obstacle_here = functools.partial(
-            obstacle_to, spec=spec, layer=layer, device=device, return_lse=return_lse, kv_elements=k.size
+            obstacle_to, spec=spec, layer=layer, device=device, kv_elements=k.size
         )
         implementation = choose(layer, device, tables(), obstacle_here).implementation
     if implementation not in IMPLEMENTATIONS:
@@ -130,7 +130,7 @@ def attention(
     ):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
     if implementation == "mosaic" and (
-        obstacle := _mosaic_obstacle(spec, q.dtype, k.dtype, metadata.page_size, return_lse)
+        obstacle := mosaic.obstacle(spec, q.dtype, k.dtype, metadata.page_size)
     ):
         raise NotImplementedError(
             f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
@@ -194,7 +194,6 @@ def obstacle_to(
     layer: Layer,
     device: Device,
     *,
-    return_lse: bool = False,
     kv_elements: int = 0,
 ) -> str | None:
     """Why an implementation cannot serve a layer on a device; None where it can.
@@ -204,14 +203,13 @@ def obstacle_to(
         spec: The layer.
         layer: Its element types and page size.
         device: The device.
-        return_lse: Whether the log-sum-exp is wanted.
         kv_elements: Numbers that the keys consist of; 0 where that is not known.
     """
     if implementation == "triton":
         found = _triton_obstacle(spec, layer.dtype, layer.kv_dtype, device, kv_elements)
         return found or _device_obstacle(device)
     if implementation == "mosaic":
-        if found := _mosaic_obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size, return_lse):
+        if found := mosaic.obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size):
             return found
         if device.compute_capability != _MOSAIC_CAPABILITY:
             return f"it needs an NVIDIA GPU of compute capability {_MOSAIC_CAPABILITY}"
@@ -246,22 +244,6 @@ def _triton_obstacle(
         # Pallas counts in 32 bits up to 2^32 bytes, signed.
         return f"its offsets into {kv_elements} numbers of one byte would overflow; use fewer pages"
     return None
-
-
-def _mosaic_obstacle(
-    spec: AttentionSpec,
-    dtype: jax.typing.DTypeLike,
-    kv_dtype: jax.typing.DTypeLike,
-    page_size: int | None,
-    return_lse: bool,
-) -> str | None:
-    if jnp.dtype(kv_dtype) != jnp.dtype(dtype):
-        return (
-            f"keys of {jnp.dtype(kv_dtype).name} are not in the dtype of the queries, as `wgmma` reads them"
-        )
-    if spec.sinks or return_lse:
-        return f"it has no {'sinks' if spec.sinks else 'return_lse'} yet"
-    return mosaic.obstacle(spec, dtype, page_size)
 
 
 def _device_obstacle(device: Device) -> str | None:

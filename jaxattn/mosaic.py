@@ -20,9 +20,9 @@ def attend(
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     *,
-    sinks: None = None,
+    sinks: Float[Array, " N"] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "T N H"], None]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend with the kernel, compiled for a Hopper GPU.
 
     Interpreting is a choice of the caller. The interpreter works by ordered callbacks, and JAX cannot
@@ -34,30 +34,38 @@ def attend(
         v: Values, like the keys.
         metadata: The batch's metadata, with the schedule of this implementation.
         spec: The layer.
-        sinks: None: the kernel has no sinks.
+        sinks: Logits of the sinks, if the layer has them.
         interpret: How to simulate the GPU on a CPU; None to compile.
 
     Returns:
-        Outputs in the dtype of `q`; zero for padding. None in place of the log-sum-exp, which the kernel
-        does not write.
+        Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
+        -inf for padding.
     """
-    del sinks
-    out = kernel.ragged_attention(
+    return kernel.ragged_attention(
         q,
         k.reshape(-1, *k.shape[-2:]),
         v.reshape(-1, *v.shape[-2:]),
         *kernel_inputs(metadata, spec, mosaic_tiling(spec)),
+        sinks=sinks,
         page_size=k.shape[1] if k.ndim == 4 else None,
         scale=spec.softmax_scale,
         logits_soft_cap=spec.logits_soft_cap,
         windowed=spec.window_class.span is not None,
         interpret=interpret,
     )
-    return out, None
 
 
-def obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike, page_size: int | None) -> str | None:
+def obstacle(
+    spec: AttentionSpec,
+    dtype: jax.typing.DTypeLike,
+    kv_dtype: jax.typing.DTypeLike,
+    page_size: int | None,
+) -> str | None:
     """Why the kernel cannot serve a layer over keys in such pages; None where it can."""
     return kernel.obstacle(
-        dtype=dtype, head_dim=spec.head_dim, group_size=spec.group_size, page_size=page_size
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        head_dim=spec.head_dim,
+        group_size=spec.group_size,
+        page_size=page_size,
     )

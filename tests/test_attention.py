@@ -479,8 +479,9 @@ class TestValidation:
             self.attend(k=self.k.astype(dtype), k_scale=k_scale, v_scale=k_scale)
 
     def test_quantised_keys_for_hopper(self):
-        with pytest.raises(NotImplementedError, match="keys of int8 are not in the dtype of the queries"):
-            self.attend(k=self.k.astype("int8"), k_scale=1.0, v_scale=1.0, implementation="mosaic")
+        q, k = self.q.astype("bfloat16"), self.k.astype("int8")
+        with pytest.raises(NotImplementedError, match="keys are int8 and queries bfloat16"):
+            self.attend(q=q, k=k, k_scale=1.0, v_scale=1.0, implementation="mosaic")
 
     def test_sinks_of_a_spec_without(self):
         with pytest.raises(ValueError, match=r"sinks was given, and spec.sinks=False"):

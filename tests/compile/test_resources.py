@@ -26,7 +26,11 @@ def test_the_table_holds_every_case_that_is_compared_and_no_other():
     nothing = Compiled(0, 0, 0, "")
     keys = [
         *(test_sass.key_of(case, "") for case in test_sass.MAIN),
-        *(key for case in test_mosaic_sass.CASES for key in test_mosaic_sass.resources_by_key(case, nothing)),
+        *(
+            key
+            for case in test_mosaic_sass.CASES
+            for key in test_mosaic_sass.resources_by_key(case, [nothing] * (1 + case[-1]))
+        ),
     ]
 
     def cases(keys):

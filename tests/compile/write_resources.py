@@ -23,8 +23,8 @@ def measured() -> Iterator[dict[resources.Key, resources.Resources]]:
         yield test_sass.resources_by_key(case, test_sass.compile_case(case))
     for case in track(test_mosaic_sass.CASES, "mosaic"):
         with tempfile.TemporaryDirectory() as folder:
-            kernel = test_mosaic_sass.compile_kernel(Path(folder), *case)
-        yield test_mosaic_sass.resources_by_key(case, kernel)
+            kernels = test_mosaic_sass.compile_kernels(Path(folder), *case)
+        yield test_mosaic_sass.resources_by_key(case, kernels)
 
 
 def main() -> None:
