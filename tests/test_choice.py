@@ -204,11 +204,6 @@ class TestChoose:
         assert obstacle_to("triton", SPEC, layer, device) is None
         assert "would overflow" in str(obstacle_to("triton", SPEC, layer, device, kv_elements=2**31 + 1))
 
-    def test_log_sum_exp_is_no_obstacle_but_for_mosaic(self):
-        layer, device = Layer("decode", "bfloat16", "bfloat16", 128, 16), Device(**H200)
-        found = {n: obstacle_to(n, SPEC, layer, device, return_lse=True) for n in IMPLEMENTATIONS}
-        assert {name for name, why in found.items() if why is not None} <= {"mosaic"}
-
 
 class TestEnvironment:
     def test_it_stands_before_the_packaged_table(self, tmp_path, monkeypatch):
