@@ -45,7 +45,7 @@ def test_is_one_leaf_of_the_buckets_size():
     (leaf,) = jax.tree.leaves(batch)
     assert leaf.dtype == jnp.int32
     assert leaf.shape == jax.tree.leaves(abstract_batch(BUCKET, 4))[0].shape
-    assert leaf.size == 1 + 12 + 5 + 4 + 4 + 4 + 5 + 8
+    assert leaf.size == 1 + 12 + 5 + 4 + 4 + 4 + 4 + 5 + 8
 
 
 @pytest.mark.parametrize(
