@@ -146,7 +146,7 @@ def test_packed_keys(causal):
 
 SPLITS = {
     # Sequences of one unit and of several; padding, hence a tile without keys.
-    "sinks": (64, (1, 3, 2, 1), (300, 4, 126, 0), layer(8, 2, sinks=True), 16, Bucket(12, 4, max_q_len=3)),
+    "sinks": (64, (1, 3, 2, 1), (190, 4, 66, 0), layer(8, 2, sinks=True), 16, Bucket(12, 4, max_q_len=3)),
     # A window that begins amid a unit, and units that some token does not see.
     "window": (64, (3, 1), (160, 30), layer(5, 1, 96, sliding_window=90), 8, Bucket(4, 2, max_q_len=3)),
     # Units that share a block of keys with others.
@@ -171,8 +171,8 @@ def test_split_keys_are_merged(monkeypatch, name):
 def test_what_does_not_change_a_bit(monkeypatch):
     """A unit that is its whole tile, the order of tiles, and how many of them a program serves."""
     spec = layer(2, 2, sinks=True, sliding_window=600)
-    problem = Problem.draw(ODD[3], spec)
-    q, k, v, metadata = inputs(problem, spec, 64, "bfloat16")
+    problem = Problem.draw(Workload("mixed", (1, 70, 2), (20, 0, 1), ""), spec)
+    q, k, v, metadata = inputs(problem, spec, 64, "bfloat16", Bucket(76, 3))
     visible, lookup, tile_lists = kernel_inputs(metadata, spec, consumers.mosaic_tiling(spec))
     short, long = tile_lists
     assert short.split is not None
