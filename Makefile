@@ -9,7 +9,7 @@ PARALLEL ?= -n auto --dist loadfile
 # Further options of pytest.
 OPTIONS ?=
 
-.PHONY: help demo test test-slow test-oldest test-compile tables check install clean
+.PHONY: help demo test test-slow test-oldest test-compile resources tables check install clean
 
 help:
 	@echo "make demo          train, load, generate on every backend (about two minutes)"
@@ -17,7 +17,8 @@ help:
 	@echo "make test-slow     the same with thorough settings"
 	@echo "make test-oldest   the suite on the oldest supported JAX"
 	@echo "make test-compile  compile every kernel to SASS, without a GPU"
-	@echo "make tables        rewrite the tables of fields in README.md and DESIGN.md"
+	@echo "make resources     compile the main kernels, write registers and shared memory into the table and DESIGN.md"
+	@echo "make tables        rewrite the tables in README.md and DESIGN.md"
 	@echo "make check         lint, types, layering"
 
 demo: $(VENV)/installed
@@ -27,7 +28,7 @@ test: $(VENV)/installed
 	$(PYTHON) -m pytest $(PARALLEL) $(OPTIONS)
 
 test-slow: $(VENV)/installed
-	$(PYTHON) -m pytest $(PARALLEL) -m "slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest $(PARALLEL) -m "slow"
 
 # Fewer examples per property: what the oldest version lacks shows on the first ones. What a compiled
 # program costs is counted on the newest alone.
@@ -38,10 +39,18 @@ test-oldest:
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile:
 	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -n auto -m compile
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
+	  .venv-compile/bin/python -m pytest -n auto -m compile
+
+# What the kernels of today take, for review in the diff.
+resources:
+	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.:kernels \
+	  .venv-compile/bin/python tests/compile/write_resources.py --write DESIGN.md
 
 tables: $(VENV)/installed
 	$(PYTHON) -m jaxattn.field_tables README.md DESIGN.md
+	PYTHONPATH=.:kernels $(PYTHON) tests/compile/write_resources.py DESIGN.md
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -11,7 +11,9 @@ needs nothing but JAX with CUDA. It
 3. measures what the device can do at all: bytes copied per second, and products of large bf16 matrices;
 4. times every kernel and, where they can be imported, others' kernels on the same shapes, in one run: device
    time of the kernels alone, over as many sets of inputs as it takes to leave the second-level cache; and
-   `prepare_metadata`, the whole superset.
+   `prepare_metadata`, the whole superset. cuDNN comes with JAX; tokamax, PyTorch and FlashInfer are timed
+   where they are installed, and what one of them refuses is recorded. Each result names its clock: PyTorch
+   and FlashInfer are timed by CUDA's events, which include gaps between kernels; ours by CUPTI, without.
 
 A line of JSON per result goes to `experiments/results/gpu.jsonl`, the first with provenance; tables are
 printed, and a roofline is drawn where matplotlib is installed. `--quick` runs a little of everything, also
@@ -26,22 +28,28 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# PyTorch, where it is timed too, needs memory beside JAX.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import gpu_baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch_baselines
 from rich.console import Console
 from rich.table import Table
 from side_by_side import provenance
 
 from jaxattn import AttentionSpec, Bucket, RaggedBatch, attention, prepare_metadata
 from jaxattn.cases import ODD, Workload, nest_workload, random_page_tables
-from jaxattn.timing import measure
+from jaxattn.timing import Measured, measure
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 KERNELS = (
@@ -241,10 +249,16 @@ class SpeedCase(NamedTuple):
         return AttentionSpec(**Heads()._asdict(), **window)
 
     @property
-    def equal_lens(self) -> tuple[int, int] | None:
-        """Queries and keys per sequence, where all sequences are alike: what dense kernels serve."""
-        lens = set(zip(self.workload.q_lens, self.workload.kv_lens, strict=True))
-        return lens.pop() if len(lens) == 1 else None
+    def shapes(self) -> torch_baselines.Shapes:
+        """What others' kernels have to know of it."""
+        return torch_baselines.Shapes(
+            q_lens=self.workload.q_lens,
+            kv_lens=self.workload.kv_lens,
+            heads=Heads(),
+            page_size=self.page_size,
+            window=self.sliding_window,
+            causal=self.causal,
+        )
 
 
 def _lengths(name: str, q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Workload:
@@ -254,32 +268,45 @@ def _lengths(name: str, q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Wo
 
 
 def speed_cases() -> list[SpeedCase]:
-    """Prefill, mixtures, windows, decode, short contexts, skew, page sizes."""
+    """Prefill causal and two-sided, mixtures, windows, decode, short contexts, skew, page sizes."""
+    rng = np.random.default_rng(0)
+
+    def case(name: str, q_lens: tuple[int, ...], kv_lens: tuple[int, ...], **options: Any) -> SpeedCase:
+        return SpeedCase(name, _lengths(name, q_lens, kv_lens), **options)
+
+    def prefill(n: int, suffix: str = "", **options: Any) -> SpeedCase:
+        lens = (n,) * max(1, 16384 // n)
+        return case(f"prefill {n}{suffix}", lens, lens, **options)
+
+    def decode(rows: int, n: int, suffix: str = "", **options: Any) -> SpeedCase:
+        return case(f"decode {rows} x {n}{suffix}", (1,) * rows, (n,) * rows, **options)
+
     cases = []
     for n in (512, 1024, 2048, 4096, 8192, 16384, 32768):
-        prefill = _lengths(f"prefill {n}", (n,) * max(1, 16384 // n), (n,) * max(1, 16384 // n))
-        cases.append(SpeedCase(prefill.name, prefill))
-        if n in (4096, 16384):
-            cases.append(SpeedCase(f"prefill {n} packed", prefill, page_size=None))
-            cases.append(SpeedCase(f"prefill {n} two-sided", prefill, page_size=None, causal=False))
-            cases.append(SpeedCase(f"prefill {n} window 1024", prefill, sliding_window=1024))
-    rng = np.random.default_rng(0)
+        cases += [prefill(n), prefill(n, " two-sided", page_size=None, causal=False)]
+    for n in (4096, 16384):
+        cases += [
+            prefill(n, " packed", page_size=None),
+            prefill(n, " window 1024", sliding_window=1024),
+        ]
     lens = tuple(int(n) for n in np.exp(rng.uniform(np.log(64), np.log(8192), 12)))
-    cases.append(SpeedCase("prefill ragged", _lengths("prefill ragged", lens, lens)))
-    cases.append(
-        SpeedCase("chunk 2048 at 32k", _lengths("chunk 2048 at 32k", (2048,), (32768,)))
-    )  # fmt: skip
-    mixed = _lengths("mixed 62 + 2 x 512", (1,) * 62 + (512,) * 2, (4096,) * 62 + (512,) * 2)
-    cases.append(SpeedCase(mixed.name, mixed))
-    for rows, n in ((64, 8192), (1, 8192), (32, 4096), (64, 32), (64, 64), (64, 128), (64, 256), (64, 1024)):
-        decode = _lengths(f"decode {rows} x {n}", (1,) * rows, (n,) * rows)
-        cases.append(SpeedCase(decode.name, decode))
-    decode = _lengths("decode 64 x 8192", (1,) * 64, (8192,) * 64)
-    for page_size in (8, 32, 64, 128):
-        cases.append(SpeedCase(f"{decode.name} page {page_size}", decode, page_size=page_size))
-    cases.append(SpeedCase(f"{decode.name} window 1024", decode, sliding_window=1024))
-    skewed = _lengths("decode skewed", (1,) * 64, (65536, *(int(n) for n in rng.integers(64, 2048, 63))))
-    cases.append(SpeedCase(skewed.name, skewed))
+    cases += [
+        case("prefill ragged", lens, lens),
+        case("prefill ragged packed", lens, lens, page_size=None),
+        case("chunk 2048 at 32k", (2048,), (32768,)),
+        case("mixed 62 + 2 x 512", (1,) * 62 + (512,) * 2, (4096,) * 62 + (512,) * 2),
+    ]
+    cases += [decode(rows, n) for rows, n in ((64, 8192), (1, 8192), (32, 4096))]
+    cases += [decode(64, n) for n in (32, 64, 128, 256, 512, 1024)]
+    for n in (8, 32, 64, 128):
+        cases += [
+            decode(64, 8192, f" page {n}", page_size=n),
+            prefill(4096, f" page {n}", page_size=n),
+        ]
+    cases.append(decode(64, 8192, " window 1024", sliding_window=1024))
+    short = tuple(int(n) for n in rng.integers(64, 2048, 63))
+    cases.append(case("decode skewed", (1,) * 64, (65536, *short)))
+    cases.append(case("prefill skewed", (16384, *(64,) * 63), (16384, *(64,) * 63)))
     return cases
 
 
@@ -331,7 +358,7 @@ def ceilings(*, quick: bool) -> Result:
 
 
 def time_case(case: SpeedCase, limits: Result, *, repeats: int, rotated: bool) -> Iterator[Result]:
-    """Every kernel, then others' kernels where the lengths are equal, then the metadata."""
+    """Every kernel, then others' kernels where they serve the case, then the metadata."""
     flops, num_bytes = 4 * pairs_of(case) * Heads().num_q_heads * Heads().head_dim, bytes_of(case)
     floor = max(flops / limits["bf16_flops_per_s"], num_bytes / limits["copy_bytes_per_s"])
     sets = min(16, math.ceil(CACHE_BYTES / num_bytes)) if rotated else 1
@@ -340,9 +367,9 @@ def time_case(case: SpeedCase, limits: Result, *, repeats: int, rotated: bool) -
     ]
     base = {"kind": "speed", "case": case.name, "flops": flops, "bytes": num_bytes, "sets": sets}
 
-    def timed(name: str, program: Callable[..., Any], *args: Any) -> Result:
+    def timed(name: str, take_time: Callable[[], Measured]) -> Result:
         try:
-            measured = measure(program, *args, repeats=repeats)
+            measured = take_time()
         except Exception as error:
             return base | {"kernel": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
         seconds = measured.median_s / sets
@@ -366,18 +393,29 @@ def time_case(case: SpeedCase, limits: Result, *, repeats: int, rotated: bool) -
                 for p, m in zip(problems, metadata, strict=True)
             ]
 
-        yield timed(kernel, run, problems, metadata)
-    if case.equal_lens is not None and case.sliding_window is None:
+        yield timed(kernel, functools.partial(measure, run, problems, metadata, repeats=repeats))
+    equal_lens = case.shapes.equal_lens
+    if equal_lens is not None and case.sliding_window is None:
         for name, program, args in gpu_baselines.candidates(
-            len(case.workload.q_lens), *case.equal_lens, Heads(), causal=case.causal, sets=sets
+            len(case.workload.q_lens), *equal_lens, Heads(), causal=case.causal, sets=sets
         ):
-            yield timed(name, program, *args)
+            yield timed(name, functools.partial(measure, program, *args, repeats=repeats))
+    for name, prepare in torch_baselines.candidates(case.shapes, sets=sets):
+        yield timed(name, functools.partial(measure_torch, prepare, sets=sets, repeats=repeats))
     superset = functools.partial(prepare_metadata, specs=case.spec)
     measured = measure(superset, problems[0].batch, repeats=repeats)
     yield {
         "kind": "metadata", "case": case.name, "us": 1e6 * measured.median_s, "clock": measured.clock,
         "bucket": dataclasses.asdict(bucket_of(case)),
     }  # fmt: skip
+
+
+def measure_torch(
+    prepare: Callable[[], torch_baselines.Program], *, sets: int, repeats: int, device: str = "cuda"
+) -> Measured:
+    """Make a candidate's inputs, and time it."""
+    samples, clock = torch_baselines.measure(prepare(), sets=sets, repeats=repeats, device=device)
+    return Measured(statistics.median(samples), tuple(samples), clock)
 
 
 # Reporting.

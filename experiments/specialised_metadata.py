@@ -112,7 +112,8 @@ def _tiles_of_single_tokens(
     W = _most_tiles(T, R + 1, block_q, 1)
     found = {"kv_start": start[:W], "kv_end": end[:W], "num_attending": num_tokens}
     if block_q == 1:
-        return {"seq": tokens.seq, "q_start": _count(T), "q_len": jnp.ones(T, jnp.int32), **found}
+        every = {"seq": tokens.seq, "q_start": _count(T), "q_len": jnp.ones(T, jnp.int32)}
+        return {**every, **found, "num_live": jnp.asarray(T, jnp.int32)}
     tile = _count(W)
     q_start = jnp.where(tokens.real[:W], tile, num_tokens + (tile - num_tokens) * block_q)
     live = q_start < T
@@ -120,6 +121,7 @@ def _tiles_of_single_tokens(
         "seq": jnp.where(live, tokens.seq[:W], 0),
         "q_start": jnp.where(live, q_start, 0),
         "q_len": jnp.where(tokens.real[:W], 1, jnp.clip(T - q_start, 0, block_q)),
+        "num_live": num_tokens + (T - num_tokens + block_q - 1) // block_q,
         **found,
     }
 
@@ -158,6 +160,7 @@ def _tiles_of_rows(
         "kv_start": jnp.where(live, start[q_start], 0),
         "kv_end": jnp.where(live, end[last], 0),
         "num_attending": ends[-2],
+        "num_live": ends[-1],
     }
 
 
@@ -176,12 +179,16 @@ def _tile_lists(
     }
 
 
+def _keys(batch: RaggedBatch) -> int:
+    """Keys of all sequences together, at most."""
+    return batch.bucket.tokens if batch.page_size is None else batch.bucket.pages * batch.page_size
+
+
 def _units(batch: RaggedBatch, tiles: Arrays, tiling: Tiling, window: Visibility) -> Arrays:
     """The keys of short tiles in pieces of `split_keys`, each a unit of its own."""
     size, W, tokens = tiling.split_keys, tiles["seq"].shape[0], tiling.short_q
     assert size is not None
-    keys = batch.bucket.tokens if batch.page_size is None else batch.bucket.pages * batch.page_size
-    U = W + keys // size
+    U = W + _keys(batch) // size
     if window.span is not None:
         U = min(U, W * ((window.span + tokens - 3) // size + 2))
     first = tiles["kv_start"] // size
@@ -200,6 +207,12 @@ def _units(batch: RaggedBatch, tiles: Arrays, tiling: Tiling, window: Visibility
     }
 
 
+def _order(tiles: Arrays) -> Arrays:
+    """Tiles by descending number of keys."""
+    keys = jnp.where(tiles["q_len"] > 0, tiles["kv_end"] - tiles["kv_start"], -1)
+    return {"order": jnp.argsort(keys, descending=True, stable=True).astype(jnp.int32)}
+
+
 def _tile_reader(
     batch: RaggedBatch,
     specs: Iterable[AttentionSpec],
@@ -212,14 +225,18 @@ def _tile_reader(
         start, end = _visible(batch, tokens, spec.window_class)
         found |= {f"kv_start/{i}": start, f"kv_end/{i}": end}
         for kind, tiles in _tile_lists(batch, tokens, start, end, tiling(spec)).items():
-            if kind == "short" and tiling(spec).split_keys is not None:
+            one_tile_each = batch.bucket.max_q_len <= tiling(spec).short_q
+            has_long = not one_tile_each and tiling(spec).long_q > tiling(spec).short_q
+            if kind == "long" or not (one_tile_each or has_long):  # several tiles of one query
+                tiles = tiles | (_order(tiles) if tiling(spec).longest_first else {})
+            elif (split_keys := tiling(spec).split_keys) is not None and _keys(batch) > split_keys:
                 tiles = tiles | _units(batch, tiles, tiling(spec), spec.window_class)
             found |= {f"{kind}.{name}/{i}": array for name, array in tiles.items()}
     return found
 
 
 # A list of tiles is one field: its parts are prepared together, also the count that only one reader uses.
-TILE = ("seq", "q_start", "q_len", "kv_start", "kv_end", "num_attending")
+TILE = ("seq", "q_start", "q_len", "kv_start", "kv_end", "num_attending", "num_live")
 SPLIT = ("tile", "kv_start", "kv_end", "indptr")
 
 
@@ -316,6 +333,7 @@ def read_by(consumer: str, metadata: AttentionMetadata, specs: Iterable[Attentio
         tiling = TILINGS[consumer]
         for kind, tiles in zip(("short", "long"), visible.schedule(tiling(spec)).lists, strict=False):
             found |= {f"{kind}.{name}/{i}": getattr(tiles, name) for name in TILE}
+            found |= {} if tiles.order is None else {f"{kind}.order/{i}": tiles.order}
             if tiles.split is not None:
                 found |= {f"{kind}.split.{name}/{i}": getattr(tiles.split, name) for name in SPLIT}
     return found
@@ -326,7 +344,7 @@ def without_repeats(arrays: Arrays) -> Arrays:
 
     def repeats(name: str) -> bool:
         array, _, window_class = name.partition("/")
-        return window_class not in ("", "0") and array.split(".")[-1] not in ("kv_start", "kv_end")
+        return window_class not in ("", "0") and array.split(".")[-1] not in ("kv_start", "kv_end", "order")
 
     return {name: array for name, array in arrays.items() if not repeats(name)}
 

@@ -8,7 +8,7 @@ out = attention(q, cache.k_pages, cache.v_pages, metadata, spec)   # per layer, 
 from jaxattn.attention import attention, choose_implementation
 from jaxattn.batch import PAD_SLOT, RaggedBatch, abstract_batch, advance, check_batch, nest_sequences
 from jaxattn.buckets import Bucket, BucketGrid, powers_of_two, quarter_steps
-from jaxattn.cache import PagedKVCache, PagePool, init_cache, write_cache
+from jaxattn.cache import PagedKVCache, PagePool, init_cache, quantization_scale, write_cache
 from jaxattn.checkpoints import CheckpointError, load_model, save_model
 from jaxattn.consumers import CONSUMERS, Consumer
 from jaxattn.fields import MissingFieldError
@@ -56,6 +56,7 @@ __all__ = [
     "plan_generation",
     "powers_of_two",
     "prepare_metadata",
+    "quantization_scale",
     "quarter_steps",
     "save_model",
     "serve",

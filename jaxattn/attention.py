@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+import functools
+import os
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,12 @@ from jaxtyping import Array, Float
 
 from jaxattn import mosaic, reference, triton, xla
 from jaxattn.batch import INT32_MAX
+from jaxattn.cache import QUANTIZED_DTYPES, check_scales
+from jaxattn.choice import Choice, choose, describe_device
+from jaxattn.choice_table import PHASES, Device, Layer, Table, tables
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
+from jaxattn_kernels.arrays import KVScales
 from jaxattn_kernels.triton import MAX_HEAD_DIM
 
 IMPLEMENTATIONS = {
@@ -24,13 +30,8 @@ IMPLEMENTATIONS = {
 
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
-
-
-class Choice(NamedTuple):
-    """An implementation and why it was chosen."""
-
-    implementation: str
-    reason: str
+_E4M3_MIN_CAPABILITY = 8.9
+_MOSAIC_CAPABILITY = "9.0"
 
 
 @overload
@@ -42,6 +43,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: Literal[False] = False,
     implementation: str = "auto",
 ) -> Array: ...
@@ -56,6 +59,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: Literal[True],
     implementation: str = "auto",
 ) -> tuple[Array, Array]: ...
@@ -69,6 +74,8 @@ def attention(
     spec: AttentionSpec,
     *,
     sinks: Array | np.ndarray | None = None,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "T N H"] | tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
@@ -77,18 +84,22 @@ def attention(
     Args:
         q: `[T, N, H]` Queries of all sequences, packed along one axis.
         k: Keys: for a batch nested with page tables, the pages `[pages, page_size, K, H]` of the
-            cache, this step's keys written already; for one without, `[T, K, H]`, one per token.
+            cache, this step's keys written already; for one without, `[T, K, H]`, one per token. In the
+            dtype of `q`, or quantised: int8, float8_e4m3fn or float8_e5m2.
         v: Values, like the keys.
         metadata: From `prepare_metadata`, given this layer's spec.
         spec: The layer.
         sinks: `[N]` Logits of the sinks, exactly where the spec has them.
+        k_scale: Of quantised keys, and of no others, what a stored 1 counts: one number, or `[K]`, one
+            per key head; `cache.k_scale` of a cache that `write_cache` filled.
+        v_scale: The same for values.
         return_lse: Whether to return the logarithm of the softmax's denominator too.
         implementation: "auto" (see `choose_implementation`), or one of:
             "reference", the plain definition in float32;
             "xla", pure XLA over the tile schedule;
             "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU;
-            "mosaic", the Pallas kernels for Hopper and Blackwell GPUs, and for them alone; "auto" does
-            not choose it.
+            "mosaic", the Pallas kernels for Hopper and Blackwell GPUs, and for them alone; "auto" chooses
+            it by a table of the user's own only.
 
     Returns:
         One output per query token, in the dtype of `q`; zero for padding. With `return_lse`, also
@@ -104,39 +115,105 @@ def attention(
     sinks = None if sinks is None else jnp.asarray(sinks)
     _validate(q, k, v, metadata, spec)
     _validate_sinks(sinks, spec)
+    scales = check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)
     if implementation == "auto":
-        implementation = choose_implementation(spec, dtype=q.dtype).implementation
+        layer = Layer(phase_of(metadata), q.dtype.name, k.dtype.name, spec.head_dim, metadata.page_size)
+        device = describe_device()
+        obstacle_here = functools.partial(
+            obstacle_to, spec=spec, layer=layer, device=device, kv_elements=k.size
+        )
+        implementation = choose(layer, device, tables(), obstacle_here).implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
-    if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype)):
+    if implementation == "triton" and (
+        obstacle := _triton_obstacle(spec, q.dtype, k.dtype, describe_device(), k.size)
+    ):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
-    if implementation == "mosaic" and (obstacle := _mosaic_obstacle(spec, q.dtype, metadata, return_lse)):
+    if implementation == "mosaic" and (
+        obstacle := mosaic.obstacle(spec, q.dtype, k.dtype, metadata.page_size)
+    ):
         raise NotImplementedError(
             f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
         )
-    out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, sinks=sinks)
+    options: dict[str, Any] = {"sinks": sinks}
+    if scales[0] is not None and scales[1] is not None:
+        options["kv_scales"] = KVScales(scales[0], scales[1])
+    out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, **options)
     return (out, lse) if return_lse else out
 
 
 def choose_implementation(
-    spec: AttentionSpec, *, dtype: jax.typing.DTypeLike = "float32", platform: str | None = None
+    spec: AttentionSpec,
+    *,
+    dtype: jax.typing.DTypeLike = "float32",
+    kv_dtype: jax.typing.DTypeLike | None = None,
+    page_size: int | None = None,
+    phase: str = "prefill",
+    platform: str | None = None,
+    table: Table | str | os.PathLike[str] | None = None,
 ) -> Choice:
     """Which implementation "auto" stands for, and why.
 
-    The rule: on an NVIDIA GPU of compute capability 8.0 or later the Triton kernel, if it serves
-    the layer's head size and dtype; everywhere else, XLA.
+    The first measured fact that matches the layer and the device is followed, if what it names can serve
+    the layer: facts of the user's table first, then those that come with jaxattn. Without one the default
+    rule holds: on an NVIDIA GPU of compute capability 8.0 or later the Triton kernel, if it serves the
+    layer's head size and dtype; everywhere else, XLA. Nothing is timed here; `jaxattn tune` writes a table.
 
     Args:
         spec: The layer.
         dtype: Element type of the queries.
+        kv_dtype: That of keys and values, where they are quantised; that of the queries where None.
+        page_size: Tokens per page; None for keys packed beside the queries.
+        phase: "decode", of a batch whose bucket promises one query token per sequence, or "prefill", of any
+            other: see `phase_of`.
         platform: "cpu", "gpu" or "tpu"; that of the default device where None.
+        table: The user's table or its file; where None, the file that the environment variable
+            `JAXATTN_CHOICES` names, if it is set.
+
+    Raises:
+        ValueError: If the phase is unknown, or a table cannot be read.
     """
-    platform = _default_device().platform if platform is None else platform
-    if platform not in ("gpu", "cuda"):
-        return Choice("xla", f"the platform is {platform}, and the Triton kernel needs an NVIDIA GPU")
-    if obstacle := _triton_obstacle(spec, dtype) or _device_obstacle():
-        return Choice("xla", f"the Triton kernel cannot serve this layer: {obstacle}")
-    return Choice("triton", "an NVIDIA GPU that the Triton kernel serves")
+    if phase not in PHASES:
+        raise ValueError(f"unknown phase={phase!r}; use {' or '.join(map(repr, PHASES))}")
+    q_name = jnp.dtype(dtype).name
+    kv_name = q_name if kv_dtype is None else jnp.dtype(kv_dtype).name
+    layer = Layer(phase, q_name, kv_name, spec.head_dim, page_size)
+    device = describe_device(platform)
+    obstacle_there = functools.partial(obstacle_to, spec=spec, layer=layer, device=device)
+    return choose(layer, device, tables(table), obstacle_there)
+
+
+def phase_of(metadata: AttentionMetadata) -> str:
+    """A batch's phase: "decode" where its bucket promises one query token per sequence, else "prefill"."""
+    return "decode" if metadata.bucket.max_q_len == 1 else "prefill"
+
+
+def obstacle_to(
+    implementation: str,
+    spec: AttentionSpec,
+    layer: Layer,
+    device: Device,
+    *,
+    kv_elements: int = 0,
+) -> str | None:
+    """Why an implementation cannot serve a layer on a device; None where it can.
+
+    Args:
+        implementation: Its name.
+        spec: The layer.
+        layer: Its element types and page size.
+        device: The device.
+        kv_elements: Numbers that the keys consist of; 0 where that is not known.
+    """
+    if implementation == "triton":
+        found = _triton_obstacle(spec, layer.dtype, layer.kv_dtype, device, kv_elements)
+        return found or _device_obstacle(device)
+    if implementation == "mosaic":
+        if found := mosaic.obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size):
+            return found
+        if device.compute_capability != _MOSAIC_CAPABILITY:
+            return f"it needs an NVIDIA GPU of compute capability {_MOSAIC_CAPABILITY}"
+    return None
 
 
 def _names() -> str:
@@ -144,41 +221,48 @@ def _names() -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def _triton_obstacle(spec: AttentionSpec, dtype: jax.typing.DTypeLike) -> str | None:
-    name = jax.numpy.dtype(dtype).name
+def _triton_obstacle(
+    spec: AttentionSpec,
+    dtype: jax.typing.DTypeLike,
+    kv_dtype: jax.typing.DTypeLike,
+    device: Device,
+    kv_elements: int,
+) -> str | None:
+    name = jnp.dtype(dtype).name
     if name not in _TRITON_DTYPES:
         return f"dtype {name} is not one of {', '.join(_TRITON_DTYPES)}"
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
+    if jnp.dtype(kv_dtype).name not in QUANTIZED_DTYPES:
+        return None
+    if (
+        jnp.dtype(kv_dtype) == jnp.float8_e4m3fn
+        and (capability := _capability(device) or 9.0) < _E4M3_MIN_CAPABILITY
+    ):
+        return f"compute capability {capability} cannot read float8_e4m3fn; store float8_e5m2 or int8"
+    if 2**31 < kv_elements <= 2**32:
+        # Pallas counts in 32 bits up to 2^32 bytes, signed.
+        return f"its offsets into {kv_elements} numbers of one byte would overflow; use fewer pages"
     return None
 
 
-def _mosaic_obstacle(
-    spec: AttentionSpec, dtype: jax.typing.DTypeLike, metadata: AttentionMetadata, return_lse: bool
-) -> str | None:
-    if spec.sinks or return_lse:
-        return f"it has no {'sinks' if spec.sinks else 'return_lse'} yet"
-    return mosaic.obstacle(spec, dtype, metadata.page_size)
-
-
-def _device_obstacle() -> str | None:
-    """Why the present GPU cannot run the kernel; None where it can or where none is present."""
-    capability = getattr(_default_device(), "compute_capability", None)
-    if capability is None:
+def _device_obstacle(device: Device) -> str | None:
+    """Why a GPU cannot run the Triton kernel; None where it can, and where none is known."""
+    named = device.compute_capability
+    if named is None:
         return None
+    if (capability := _capability(device)) is None:
+        return f"the GPU is a {named}, not one of NVIDIA's"
+    too_old = capability < _TRITON_MIN_CAPABILITY
+    return f"its compute capability {named} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
+
+
+def _capability(device: Device) -> float | None:
+    """The compute capability of a device; None where it is no NVIDIA GPU, or not known."""
     try:
-        too_old = float(capability) < _TRITON_MIN_CAPABILITY
-    except ValueError:  # another maker's GPU
-        return f"the GPU is a {capability}, not one of NVIDIA's"
-    return f"its compute capability {capability} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
-
-
-def _default_device() -> Any:
-    """The device that programs run on unless they are told otherwise."""
-    chosen = jax.config.jax_default_device
-    if chosen is None:
-        return jax.devices()[0]
-    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+        return float(device.compute_capability or "none")
+    except ValueError:  # another maker's GPU has a name in its place
+        return None
 
 
 def _validate_sinks(sinks: Array | None, spec: AttentionSpec) -> None:
@@ -204,8 +288,11 @@ def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: A
         raise ValueError(f"k.shape={k.shape} and v.shape={v.shape} must be equal")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q has dtype {q.dtype}; expected floating-point numbers")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
+    if k.dtype != v.dtype or (k.dtype != q.dtype and k.dtype.name not in QUANTIZED_DTYPES):
+        raise ValueError(
+            f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them "
+            f"(k and v may be quantised: {', '.join(QUANTIZED_DTYPES)})"
+        )
     heads = (spec.num_kv_heads, spec.head_dim)
     if metadata.page_size is None:
         if k.shape != (T, *heads):

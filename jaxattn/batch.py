@@ -43,6 +43,7 @@ def field_slices(bucket: Bucket) -> dict[str, slice]:
         "kv_lens": bucket.seqs,
         "is_decode": bucket.seqs,
         "state_slots": bucket.seqs,
+        "prefix_lm_lens": bucket.seqs,
         "page_indptr": bucket.seqs + 1,
         "page_list": bucket.pages,
     }
@@ -103,6 +104,11 @@ class RaggedBatch:
         return self._get("state_slots")
 
     @property
+    def prefix_lm_lens(self) -> Int32[Array, " R"]:
+        """Leading keys of each sequence that all its tokens see, in layers with `prefix_lm`; 0 for none."""
+        return self._get("prefix_lm_lens")
+
+    @property
     def page_indptr(self) -> Int32[Array, " R_plus_1"]:
         """Prefix sums of the number of pages that each sequence holds, reserved ones included."""
         return self._get("page_indptr")
@@ -154,6 +160,7 @@ def nest_sequences(
     vocab_size: int | None = None,
     is_decode: Any = None,
     state_slots: Any = None,
+    prefix_lm_lens: Any = None,
     share_prefixes: bool = False,
     bucket: Bucket | BucketGrid = DEFAULT_GRID,
     validate: bool = True,
@@ -184,6 +191,9 @@ def nest_sequences(
             with `max_q_len=1`, none in any other.
         state_slots: Slot of each sequence's recurrent state, for layers that keep one (state-space
             models, convolutions); default the sequence's row.
+        prefix_lm_lens: How many leading tokens of each sequence all of its tokens see, also those that
+            come before them (prefix-LM: an image, a question); read by layers with `prefix_lm`. A prefix
+            is prefilled in one step: it lies within the context, or within a query without one.
         share_prefixes: Whether a page may stand in several tables. Where it does, it must be at the
             same place in each and lie within every owner's `context_lens`: shared pages are read
             and never written.
@@ -214,6 +224,8 @@ def nest_sequences(
     pages, counts, page_ends, *_ = _page_rows(page_tables, page_counts, page_size, contexts, n)
     if state_slots is not None:
         state_slots = _per_sequence("state_slots", state_slots, n)
+    if prefix_lm_lens is not None:
+        prefix_lm_lens = _per_sequence("prefix_lm_lens", prefix_lm_lens, n)
     if is_decode is not None and (is_decode := np.asarray(is_decode)).dtype != bool:
         raise TypeError(f"is_decode has dtype {is_decode.dtype}; expected one bool per sequence")
     if is_decode is not None and is_decode.shape != (n,):
@@ -226,6 +238,8 @@ def nest_sequences(
             _check_pages(pages, counts, contexts, page_size, num_pages, share_prefixes)
         if state_slots is not None:
             _check_state_slots(state_slots)
+        if prefix_lm_lens is not None:
+            _check_prefix_lm_lens(prefix_lm_lens, lens, contexts)
 
     if isinstance(bucket, BucketGrid):
         bucket = bucket.pick(tokens=token_ids.size, seqs=n, pages=pages.size)
@@ -241,6 +255,8 @@ def nest_sequences(
     slots = packed[at["state_slots"]]
     slots[:n] = _row_numbers(n) if state_slots is None else state_slots
     slots[n:] = PAD_SLOT
+    if prefix_lm_lens is not None:
+        packed[at["prefix_lm_lens"]][:n] = prefix_lm_lens
     if page_size is not None:
         _write_prefix_sums(packed[at["page_indptr"]], page_ends)
         packed[at["page_list"]][: pages.size] = pages
@@ -312,6 +328,7 @@ def advance(
         kv_lens=kv_lens + new_lens,
         is_decode=is_real,
         state_slots=batch.state_slots[:R],
+        prefix_lm_lens=batch.prefix_lm_lens[:R],
         page_indptr=batch.page_indptr[: R + 1],
         page_list=batch.page_list,
     )
@@ -357,6 +374,13 @@ def check_batch(batch: RaggedBatch, *, num_pages: int | None = None, share_prefi
         (slots >= 0).all() & ~twice.any() & ((slots != PAD_SLOT).sum() == n),
         "state_slots={s} must be distinct, not negative, and below " + str(PAD_SLOT),
         s=batch.state_slots,
+    )
+    contexts = kv_lens - q_lens
+    room = jnp.where(contexts > 0, contexts, kv_lens)
+    checkify.check(
+        ((batch.prefix_lm_lens >= 0) & (batch.prefix_lm_lens <= room)).all(),
+        "prefix_lm_lens={p} must lie within the contexts, or within queries without one",
+        p=batch.prefix_lm_lens,
     )
     if batch.page_size is None:
         checkify.check((kv_lens == q_lens).all(), "kv_lens={k} count keys that no page holds", k=kv_lens)
@@ -628,6 +652,18 @@ def _all_distinct(values: np.ndarray, highest: int) -> bool:
 
 def _row_of(entry: int, counts: np.ndarray) -> int:
     return int(np.searchsorted(np.cumsum(counts), entry, side="right"))
+
+
+def _check_prefix_lm_lens(prefixes: np.ndarray, lens: np.ndarray, contexts: np.ndarray | None) -> None:
+    room = lens if contexts is None else np.where(contexts > 0, contexts, lens)
+    wrong = (prefixes < 0) | (prefixes > room)
+    if wrong.any():
+        i = int(wrong.argmax())
+        context = 0 if contexts is None else contexts[i]
+        raise ValueError(
+            f"prefix_lm_lens[{i}]={prefixes[i]} must lie between 0 and {room[i]}: sequence {i} has {context} "
+            f"tokens of context and {lens[i]} of query, and a prefix is prefilled in one step"
+        )
 
 
 def _check_state_slots(slots: np.ndarray) -> None:

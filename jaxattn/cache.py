@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import no_type_check
@@ -9,9 +10,12 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxattn.batch import INT32_MAX
+
+QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
+"""Element types of a quantised cache: a stored number counts times the scale of its head."""
 
 
 @no_type_check
@@ -25,10 +29,14 @@ class PagedKVCache:
     Attributes:
         k_pages: Keys.
         v_pages: Values.
+        k_scale: Of a quantised cache, what a stored 1 counts, per key head; None for any other.
+        v_scale: The same for values.
     """
 
-    k_pages: Float[Array, "pages page_size K H"]
-    v_pages: Float[Array, "pages page_size K H"]
+    k_pages: Shaped[Array, "pages page_size K H"]
+    v_pages: Shaped[Array, "pages page_size K H"]
+    k_scale: Float[Array, " K"] | None = None
+    v_scale: Float[Array, " K"] | None = None
 
     @property
     def page_size(self) -> int:
@@ -37,7 +45,14 @@ class PagedKVCache:
 
 
 def init_cache(
-    *, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    *,
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    k_scale: jax.typing.ArrayLike | None = None,
+    v_scale: jax.typing.ArrayLike | None = None,
 ) -> PagedKVCache:
     """An empty cache of one layer.
 
@@ -46,18 +61,93 @@ def init_cache(
         page_size: Tokens per page.
         num_kv_heads: Key/value heads, K.
         head_dim: Size of a head, H.
-        dtype: Element type of keys and values.
+        dtype: Element type of keys and values; of a quantised cache "int8", "float8_e4m3fn" or
+            "float8_e5m2".
+        k_scale: Of a quantised cache, and of no other, what a stored 1 counts: one number, or `[K]`, one
+            per key head (see `quantization_scale`).
+        v_scale: The same for values.
 
     Raises:
-        ValueError: If a slot would not be an int32. The number of elements is not limited.
+        ValueError: If a slot would not be an int32, or scales and dtype disagree. The number of elements
+            is not limited.
     """
+    scales = check_scales(dtype, num_kv_heads, k_scale, v_scale)
     if num_pages * page_size > INT32_MAX:
         raise ValueError(
             f"num_pages={num_pages} of page_size={page_size} tokens make {num_pages * page_size} slots, more "
             f"than an int32 can number ({INT32_MAX}); use fewer pages, or several caches"
         )
     shape = (num_pages, page_size, num_kv_heads, head_dim)
-    return PagedKVCache(k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype))
+    return PagedKVCache(
+        k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype), k_scale=scales[0], v_scale=scales[1]
+    )
+
+
+def check_scales(
+    dtype: jax.typing.DTypeLike,
+    num_kv_heads: int,
+    k_scale: jax.typing.ArrayLike | None,
+    v_scale: jax.typing.ArrayLike | None,
+) -> tuple[Float[Array, " K"] | None, Float[Array, " K"] | None]:
+    """The scales of keys and values as arrays `[K]`, float32; None where nothing is quantised.
+
+    Args:
+        dtype: Element type of keys and values.
+        num_kv_heads: Key/value heads, K.
+        k_scale: One number, or one per head.
+        v_scale: The same for values.
+
+    Raises:
+        ValueError: If there are scales and nothing is quantised, or the other way round, or their shape
+            is wrong.
+    """
+    name = jnp.dtype(dtype).name
+    checked = []
+    for argument, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scale is None) == (name in QUANTIZED_DTYPES):
+            given = "was not given" if scale is None else "was given"
+            raise ValueError(
+                f"{argument} {given}, and keys and values are stored as {name}; give scales exactly where "
+                f"they are stored as {', '.join(QUANTIZED_DTYPES)}"
+            )
+        if scale is not None and jnp.shape(scale) not in ((), (num_kv_heads,)):
+            raise ValueError(
+                f"{argument} has shape {jnp.shape(scale)}; give one number, or one per key head, "
+                f"({num_kv_heads},)"
+            )
+        checked.append(
+            None if scale is None else jnp.broadcast_to(jnp.asarray(scale, jnp.float32), num_kv_heads)
+        )
+    return checked[0], checked[1]
+
+
+def quantization_scale(x: Float[Array, "T K H"], dtype: jax.typing.DTypeLike) -> Float[Array, " K"]:
+    """The scale of each head with which the largest of its numbers is the largest that can be stored.
+
+    Args:
+        x: Keys or values of some tokens that stand for all, such as those of a few prompts.
+        dtype: Element type of the quantised cache.
+
+    Raises:
+        ValueError: If the dtype is none of a quantised cache.
+    """
+    largest = jnp.abs(x.astype(jnp.float32)).max(axis=(0, 2))
+    return jnp.where(largest > 0, largest, 1.0) / _largest(dtype)
+
+
+def _largest(dtype: jax.typing.DTypeLike) -> float:
+    """The largest number that a quantised cache can store; its negative too."""
+    name = jnp.dtype(dtype).name
+    if name not in QUANTIZED_DTYPES:
+        raise ValueError(f"dtype={name} is not one of {', '.join(QUANTIZED_DTYPES)}")
+    return 127.0 if name == "int8" else float(jnp.finfo(dtype).max)
+
+
+def _quantized(rows: Array, scale: Array, dtype: jnp.dtype) -> Array:
+    """Rows in units of their head's scale, rounded to the nearest; what is too large becomes the largest."""
+    largest = _largest(dtype)
+    rows = jnp.clip(rows.astype(jnp.float32) / scale[None, :, None], -largest, largest)
+    return (jnp.round(rows) if dtype == jnp.int8 else rows).astype(dtype)
 
 
 def write_cache(
@@ -75,7 +165,8 @@ def write_cache(
         slot_mapping: Flat slot of each token; an out-of-range positive one is skipped.
 
     Returns:
-        The cache with the slots written, in the cache's own dtype.
+        The cache with the slots written, in the cache's own dtype. A quantised cache stores numbers that
+            exceed its range as the largest that it has.
 
     Raises:
         ValueError: If keys and values do not match the slots and the cache.
@@ -85,11 +176,16 @@ def write_cache(
         if array.shape != expected:
             raise ValueError(f"{name}.shape={array.shape}; these slots and this cache need {expected}")
 
-    def write(pages: Array, rows: Array) -> Array:
+    def write(pages: Array, rows: Array, scale: Array | None) -> Array:
         slots = pages.reshape(-1, *pages.shape[2:])
-        return slots.at[slot_mapping].set(rows.astype(pages.dtype), mode="drop").reshape(pages.shape)
+        rows = rows.astype(pages.dtype) if scale is None else _quantized(rows, scale, pages.dtype)
+        return slots.at[slot_mapping].set(rows, mode="drop").reshape(pages.shape)
 
-    return PagedKVCache(k_pages=write(cache.k_pages, k), v_pages=write(cache.v_pages, v))
+    return dataclasses.replace(
+        cache,
+        k_pages=write(cache.k_pages, k, cache.k_scale),
+        v_pages=write(cache.v_pages, v, cache.v_scale),
+    )
 
 
 class PagePool:

@@ -59,6 +59,31 @@ ODD = (
 """Small workloads for tests of numerics."""
 
 
+_GPU = "a step that fills a GPU, over more keys than its cache holds"
+
+TUNING = {
+    "decode": (SERVING[0], SERVING[6]),
+    "prefill": (SERVING[2], SERVING[3], SERVING[4]),
+}
+"""Workloads by phase, for choosing an implementation on a CPU."""
+
+GPU_TUNING = {
+    "decode": (
+        _decode("decode 64 x 4k", (4096,) * 64, _GPU),
+        _decode("skewed decode 64k + 63 x 1k", (65536,) + (1024,) * 63, _GPU),
+    ),
+    "prefill": (
+        Workload("prefill 8 x 2k", (2048,) * 8, (0,) * 8, _GPU),
+        Workload("ragged 7k/3k/240", (7000, 3000, 240), (0, 0, 0), _GPU),
+        Workload("mixed 62 decode at 4k + 2 x 512", (1,) * 62 + (512,) * 2, (4095,) * 62 + (0,) * 2, _GPU),
+    ),
+}
+"""The same on a GPU."""
+
+QUICK_TUNING = {"decode": (ODD[2],), "prefill": (ODD[0],)}
+"""Small ones, which show that everything runs and little else."""
+
+
 def random_page_tables(
     workload: Workload, page_size: int, rng: np.random.Generator, *, reserve: int = 0, unused: int = 3
 ) -> tuple[list[np.ndarray], int]:

@@ -1,4 +1,4 @@
-"""The command line: demo, generate, logits, info.
+"""The command line: demo, generate, logits, info, tune.
 
 An error is one line on standard error and exit status 2; `--debug` shows the traceback.
 """
@@ -6,7 +6,9 @@ An error is one line on standard error and exit status 2; `--debug` shows the tr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ import numpy as np
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
 from jaxattn.checkpoints import load_model
+from jaxattn.choice import describe_device
+from jaxattn.choice_table import PHASES, VARIABLE, tables
 from jaxattn.demo import run_demo
 from jaxattn.generate import (
     DEFAULT_PAGE_SIZE,
@@ -30,6 +34,7 @@ from jaxattn.generate import (
 )
 from jaxattn.models import Programs
 from jaxattn.spec import AttentionSpec
+from jaxattn.tune import default_plan, run_tune
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -92,8 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="FILE.npz", help="arrays logits_0, logits_1, …"
     )
 
-    info = _command(commands, "info", _info, "versions, devices, and the implementation that auto chooses")
+    info = _command(commands, "info", _info, "versions, devices, what auto chooses, and why")
     info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    _add_tune_options(
+        _command(commands, "tune", _tune, "measure what is fastest here, for auto to choose by")
+    )
     return parser
 
 
@@ -118,6 +127,37 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
     parser.add_argument("--implementation", default="auto", choices=("auto", *IMPLEMENTATIONS))
+
+
+def _add_tune_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"auto chooses by the table that {VARIABLE} names. Times are taken when this is run only."
+    parser.add_argument(
+        "--out", type=Path, default=Path("jaxattn-choices.json"), metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    several: dict = {"action": "append", "help": "once per value; default: by device"}
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), **several)
+    parser.add_argument("--head-dim", type=int, action="append", help="once per value; default: 64 and 128")
+    parser.add_argument("--page-size", type=_page_size, metavar="TOKENS", action="append",
+                        help="once per value, 'none' for packed keys; default: 16 and none")  # fmt: skip
+    parser.add_argument("--heads", type=_heads, metavar="N/K", help="query and key/value heads, such as 32/8")
+    parser.add_argument("--implementation", choices=tuple(IMPLEMENTATIONS), **several)
+    parser.add_argument("--quick", action="store_true", help="small batches and few runs: does it work?")
+
+
+def _page_size(text: str) -> int | None:
+    if text == "none":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1, or 'none'")
+    return int(text)
+
+
+def _heads(text: str) -> tuple[int, int]:
+    query, _, key = text.partition("/")
+    if not query.isdecimal() or not key.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be query heads/key heads, such as 32/8")
+    return int(query), int(key)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -173,22 +213,44 @@ def _logits(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     spec = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128)
-    choice = choose_implementation(spec, dtype="bfloat16")
+    choices = {
+        phase: choose_implementation(spec, dtype="bfloat16", page_size=16, phase=phase)._asdict()
+        for phase in PHASES
+    }
     facts = {
         "jaxattn": jaxattn.__version__,
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
         "python": platform.python_version(),
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
-        "layer": "bfloat16, 32 query heads, 8 key/value heads, head dim 128",
-        "implementation": choice.implementation,
-        "reason": choice.reason,
+        VARIABLE: os.environ.get(VARIABLE) or "not set",
+        "tables": [f"{table.name}, {len(table.rows)} rows" for table in tables()],
+        "layer": "bfloat16, 32 query heads, 8 key/value heads, head dim 128, page size 16",
+        **choices,
     }
     if options.json:
         print(json.dumps(facts))
         return
+    for phase, choice in choices.items():
+        facts[phase] = f"{choice['implementation']}: {choice['reason']}"
     for name, value in facts.items():
-        print(f"{name:15} {', '.join(value) if isinstance(value, list) else value}")
+        print(f"{name:15} {'; '.join(value) if isinstance(value, list) else value}")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    plan = default_plan(describe_device(), quick=options.quick)
+    named = {
+        "dtypes": options.dtype,
+        "head_dims": options.head_dim,
+        "page_sizes": options.page_size,
+        "implementations": options.implementation,
+    }
+    given = {name: tuple(dict.fromkeys(values)) for name, values in named.items() if values}
+    if options.heads:
+        given["num_q_heads"], given["num_kv_heads"] = options.heads
+    run_tune(dataclasses.replace(plan, **given), options.out, force=options.force)
+    if options.quick:
+        print("small batches and few runs show that it works, not what is fastest: measure without --quick")
 
 
 def _prompts(texts: Sequence[str]) -> list[list[int]]:

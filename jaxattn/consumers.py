@@ -42,28 +42,30 @@ def xla_tiling(spec: AttentionSpec) -> Tiling:
     return Tiling(short_q=1, long_q=64)
 
 
-TRITON_SPLIT_KEYS = 512
-"""Keys of a decode tile that one program attends to. A constant, not a share of the batch's keys: so a
-sequence's bits do not depend on what else is in the batch. The results that are merged are one or two
-percent of the keys and values that are read."""
+SPLIT_KEYS = 512
+"""Keys of a decode tile that one program of a Pallas kernel attends to. A constant, not a share of the
+batch's keys: so a sequence's bits do not depend on what else is in the batch. The results that are merged
+are one or two percent of the keys and values that are read."""
+
+
+def _split_keys(spec: AttentionSpec, short_q: int) -> int | None:
+    """How the keys of short queries are split: not where a window leaves too few of them."""
+    span = spec.window_class.span
+    few_keys = span is not None and span + short_q - 1 <= SPLIT_KEYS
+    return None if few_keys else SPLIT_KEYS
 
 
 def triton_tiling(spec: AttentionSpec) -> Tiling:
-    """Tensor-core tiles of 16 or 64 rows, in which the G heads of a group are packed.
-
-    The keys of short queries are split, unless a window leaves too few of them.
-    """
+    """Tensor-core tiles of 16 or 64 rows, in which the G heads of a group are packed."""
     G = spec.group_size
     short_q = max(1, 16 // G)
-    span = spec.window_class.span
-    few_keys = span is not None and span + short_q - 1 <= TRITON_SPLIT_KEYS
-    return Tiling(short_q, max(2 * short_q, 64 // G), None if few_keys else TRITON_SPLIT_KEYS)
+    return Tiling(short_q, max(2 * short_q, 64 // G), _split_keys(spec, short_q), longest_first=True)
 
 
 def mosaic_tiling(spec: AttentionSpec) -> Tiling:
     """Tiles of 64 rows for one warpgroup, or of twice as many for two; the G heads of a group are packed."""
     short_q = max(1, 64 // spec.group_size)
-    return Tiling(short_q=short_q, long_q=2 * short_q)
+    return Tiling(short_q, 2 * short_q, _split_keys(spec, short_q), longest_first=True)
 
 
 _RANGES = frozenset({"kv_start", "kv_end"})

@@ -297,7 +297,7 @@ def window_size(spec: AttentionSpec | WindowClass) -> tuple[int, int]:
         ValueError: If the window class is one of your own, which is no such pair.
     """
     window = spec.window_class if isinstance(spec, AttentionSpec) else spec
-    if not isinstance(window, WindowClass):
+    if not isinstance(window, WindowClass) or window.prefix_lm:
         raise ValueError(f"window_class={window} is no (left, right) pair; export its visible ranges instead")
     left = -1 if window.sliding_window is None else window.sliding_window - 1
     return left, 0 if window.causal else -1
@@ -664,6 +664,7 @@ def _pack(
         kv_lens=rows.kv_lens,
         is_decode=is_real & is_decode,
         state_slots=jnp.where(is_real, state_slots, PAD_SLOT),
+        prefix_lm_lens=jnp.zeros_like(state_slots),
         page_indptr=_prefix_sums(pages.counts),
         page_list=_live(pages.page_list, pages.counts.sum(dtype=jnp.int32)),
     )

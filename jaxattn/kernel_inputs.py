@@ -48,8 +48,13 @@ def kernel_inputs(metadata: AttentionMetadata, spec: AttentionSpec, tiling: Tili
 
 
 def _tile_list(tiles: Tiles) -> TileList:
-    arrays = TileArrays(tiles.seq, tiles.q_start, tiles.q_len, tiles.kv_start, tiles.kv_end)
-    return TileList(arrays, tiles.block_q, None if tiles.split is None else _split_arrays(tiles.split))
+    return TileList(
+        tiles=TileArrays(tiles.seq, tiles.q_start, tiles.q_len, tiles.kv_start, tiles.kv_end),
+        block_q=tiles.block_q,
+        split=None if tiles.split is None else _split_arrays(tiles.split),
+        order=tiles.order,
+        num_live=tiles.num_live[None],
+    )
 
 
 def _split_arrays(split: SplitPlan) -> SplitArrays:

@@ -24,7 +24,7 @@ from jaxattn.cascade import Cascade, find_cascade
 from jaxattn.consumers import CONSUMERS, Consumer, resolve_consumers
 from jaxattn.fields import MissingFieldError, Prepared, fields_of, metadata_field
 from jaxattn.rope import RopeConfig, RopeTables, rope_tables
-from jaxattn.schedule import TileSchedule, Tiling, longest_first, schedule_tiles, segment_of
+from jaxattn.schedule import TileSchedule, Tiling, schedule_tiles, segment_of
 from jaxattn.spec import AttentionSpec, Visibility
 
 # What a field may need to exist (`metadata_field(needs=...)`).
@@ -75,11 +75,6 @@ class VisibleKeys(Prepared):
             )
             for tiling in self._step.tilings
         )
-
-    @metadata_field(also_called="varlen_batch_idx")
-    def longest_first(self) -> tuple[tuple[Int32[Array, " W"], ...], ...]:
-        """Per schedule and list, its tiles by descending number of keys, dead ones last."""
-        return tuple(tuple(longest_first(tiles) for tiles in s.lists) for s in self.schedules)
 
     @property
     def _step(self) -> _PreparingVisible:
@@ -310,6 +305,12 @@ class AttentionMetadata(Prepared):
         return jnp.minimum(self.positions + 1, self._kv_ends)
 
     @metadata_field()
+    def _prefix_lm_ends(self) -> Int32[Array, " T"]:
+        """One past the last key of the prefix of each token's sequence; 0 for padding and for none."""
+        lens = self._step.batch.prefix_lm_lens[self._row_of_token]
+        return jnp.minimum(jnp.where(self._is_real_token, lens, 0), self._kv_ends)
+
+    @metadata_field()
     def _phase_groups(self) -> tuple[Int32[Array, " 3"], Int32[Array, " R"]]:
         """Ends of the groups, and the place of each row, of a stable partition by phase."""
         row = jnp.arange(self.bucket.seqs, dtype=jnp.int32)
@@ -414,7 +415,9 @@ class _PreparingVisible(VisibleKeys):
     @functools.cached_property
     def visible_range(self) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
         step = self.step
-        return self.window_class.visible_range(step.positions, step._causal_ends, step._kv_ends)
+        return self.window_class.visible_range(
+            step.positions, step._causal_ends, step._kv_ends, step._prefix_lm_ends
+        )
 
     def prepared(self) -> VisibleKeys:
         names = [name for name in VISIBLE_FIELDS if name in self.step.request.fields]

@@ -26,7 +26,7 @@ def attend(
     sinks: Float[Array, " N"] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     capability: str | None = None,
-) -> tuple[Float[Array, "T N H"], Float[Array, "T N"] | None]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend with the kernel, compiled for a Hopper or a Blackwell GPU.
 
     Interpreting is a choice of the caller. The interpreter works by ordered callbacks, and JAX cannot
@@ -38,38 +38,44 @@ def attend(
         v: Values, like the keys.
         metadata: The batch's metadata, with the schedule of this implementation.
         spec: The layer.
-        sinks: Logits of the sinks, or None; Hopper's kernel has none.
+        sinks: Logits of the sinks, if the layer has them.
         interpret: How to simulate the GPU on a CPU; None to compile.
         capability: Compute capability of the GPU, such as "10.0"; where None, that of the first device,
             and without a GPU, Hopper's.
 
     Returns:
-        Outputs in the dtype of `q`, zero for padding; and the log-sum-exp, or None from Hopper's kernel,
-        which does not write it.
+        Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
+        -inf for padding.
     """
-    kernel: Any = _kernel(capability)
-    options = {} if kernel is hopper else {"sinks": sinks}
-    done = kernel.ragged_attention(
+    return _kernel(capability).ragged_attention(
         q,
         k.reshape(-1, *k.shape[-2:]),
         v.reshape(-1, *v.shape[-2:]),
         *kernel_inputs(metadata, spec, mosaic_tiling(spec)),
+        sinks=sinks,
         page_size=k.shape[1] if k.ndim == 4 else None,
         scale=spec.softmax_scale,
         logits_soft_cap=spec.logits_soft_cap,
         windowed=spec.window_class.span is not None,
         interpret=interpret,
-        **options,
     )
-    return (done, None) if kernel is hopper else done
 
 
 def obstacle(
-    spec: AttentionSpec, dtype: jax.typing.DTypeLike, page_size: int | None, *, capability: str | None = None
+    spec: AttentionSpec,
+    dtype: jax.typing.DTypeLike,
+    kv_dtype: jax.typing.DTypeLike,
+    page_size: int | None,
+    *,
+    capability: str | None = None,
 ) -> str | None:
     """Why the kernel cannot serve a layer over keys in such pages; None where it can."""
     return _kernel(capability).obstacle(
-        dtype=dtype, head_dim=spec.head_dim, group_size=spec.group_size, page_size=page_size
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        head_dim=spec.head_dim,
+        group_size=spec.group_size,
+        page_size=page_size,
     )
 
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.schedule import segment_of
 from jaxattn.spec import AttentionSpec, softmax_dtype
+from jaxattn_kernels.arrays import KVScales
 
 
 def attend(
     q: Float[Array, "T N H"],
-    k: Float[Array, "..."],
-    v: Float[Array, "..."],
+    k: Shaped[Array, "..."],
+    v: Shaped[Array, "..."],
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     *,
     sinks: Float[Array, " N"] | None = None,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend by the definition, with every score of every token and key in memory.
 
@@ -35,6 +37,7 @@ def attend(
         metadata: The batch's metadata.
         spec: The layer.
         sinks: Logits of the sinks, if the layer has them.
+        kv_scales: What quantised keys and values stand for, if they are.
 
     Returns:
         Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
@@ -48,7 +51,9 @@ def attend(
     dtype, R = softmax_dtype(q.dtype), metadata.bucket.seqs
     is_live = (owner < R)[:, None, None]
     # What nobody owns may hold anything, NaN too, and 0 * NaN is NaN.
-    k, v = jnp.where(is_live, k, 0).astype(dtype), jnp.where(is_live, v, 0).astype(dtype)
+    k, v = (jnp.where(is_live, x.astype(dtype), 0) for x in (k, v))
+    if kv_scales is not None:
+        k, v = k * kv_scales.k.astype(dtype)[None, :, None], v * kv_scales.v.astype(dtype)[None, :, None]
 
     T, N, H = q.shape
     # Padding queries may hold anything too, and would poison gradients.
@@ -80,8 +85,8 @@ def attend(
 
 
 def _live_pages(
-    k_pages: Float[Array, "pages page_size K H"],
-    v_pages: Float[Array, "pages page_size K H"],
+    k_pages: Shaped[Array, "pages page_size K H"],
+    v_pages: Shaped[Array, "pages page_size K H"],
     metadata: AttentionMetadata,
 ) -> tuple[Array, Array, Array, Array]:
     """Keys and values of the pages in use, with each one's owner (R for none) and position."""

@@ -34,11 +34,13 @@ class Tiling(NamedTuple):
         split_keys: Keys per unit of a short query's tile, where several programs share a tile's
             keys and their partial results are merged (split-KV); None for one program per tile.
             A constant of the backend: a sum in other pieces has other bits.
+        longest_first: Whether tiles of long queries are also ordered by their number of keys.
     """
 
     short_q: int
     long_q: int
     split_keys: int | None = None
+    longest_first: bool = False
 
 
 @no_type_check
@@ -63,13 +65,12 @@ class Tiles:
         "one past the last such key; equal to `kv_start` where none is seen", "upper_bounds"
     )
     num_attending: Int32[Array, ""] = described("tiles of real sequences; they come first")
+    num_live: Int32[Array, ""] = described("tiles with query tokens, those of the padding included")
+    order: Int32[Array, " W"] | None = described(
+        "tiles by descending number of keys, dead ones last, where the tiling asks for it", "varlen_batch_idx"
+    )
     split: SplitPlan | None
     block_q: int = field(metadata={"static": True})
-
-    @property
-    def num_live(self) -> Int32[Array, ""]:
-        """Tiles with query tokens."""
-        return (self.q_len > 0).sum(dtype=jnp.int32)
 
 
 @no_type_check
@@ -184,7 +185,7 @@ def schedule_tiles(
     T, R = bucket.tokens, bucket.seqs
 
     def with_split(tiles: Tiles, split_keys: int | None) -> Tiles:
-        if split_keys is None:
+        if split_keys is None or max_keys <= split_keys:  # all keys there are make one unit
             return tiles
         units = split_bound(tiles.seq.shape[0], max_keys, split_keys, span, tiles.block_q)
         return dataclasses.replace(tiles, split=_split(tiles, split_keys, units))
@@ -199,18 +200,22 @@ def schedule_tiles(
     def cut(selected: Bool[Array, " R_plus_1"] | None, block_q: int, num_tiles: int) -> Tiles:
         return _cut(cu_q_lens, row_ends, selected, kv_start, kv_end, block_q=block_q, num_tiles=num_tiles)
 
+    def with_order(tiles: Tiles) -> Tiles:
+        return dataclasses.replace(tiles, order=_longest_first(tiles)) if tiling.longest_first else tiles
+
     if bucket.max_q_len <= tiling.short_q or tiling.long_q <= tiling.short_q:
         short = cut(None, tiling.short_q, tile_bound(T, R + 1, tiling.short_q))
         # Without a promise of short queries a sequence has several tiles, and no bound on its units.
-        split_keys = tiling.split_keys if bucket.max_q_len <= tiling.short_q else None
-        return TileSchedule(short=with_split(short, split_keys), long=None, tiling=tiling)
+        if bucket.max_q_len > tiling.short_q:
+            return TileSchedule(short=with_order(short), long=None, tiling=tiling)
+        return TileSchedule(short=with_split(short, tiling.split_keys), long=None, tiling=tiling)
     is_short = row_ends - cu_q_lens <= tiling.short_q
     short = cut(is_short, tiling.short_q, min(T, R + 1))
     long = cut(~is_short, tiling.long_q, tile_bound(T, R + 1, tiling.long_q, min_q=tiling.short_q + 1))
-    return TileSchedule(short=with_split(short, tiling.split_keys), long=long, tiling=tiling)
+    return TileSchedule(short=with_split(short, tiling.split_keys), long=with_order(long), tiling=tiling)
 
 
-def longest_first(tiles: Tiles) -> Int32[Array, " W"]:
+def _longest_first(tiles: Tiles) -> Int32[Array, " W"]:
     """Tiles by descending number of keys, dead ones last: the order in which a device ends soonest."""
     cost = jnp.where(tiles.q_len > 0, tiles.kv_end - tiles.kv_start, -1)
     return jnp.argsort(cost, descending=True, stable=True).astype(jnp.int32)
@@ -250,6 +255,8 @@ def _cut(
         kv_start=jnp.where(live, kv_start[q_start], 0),
         kv_end=jnp.where(live, kv_end[last], 0),
         num_attending=tile_ends[-2],
+        num_live=tile_ends[-1],
+        order=None,
         split=None,
         block_q=block_q,
     )
@@ -272,7 +279,9 @@ def _cut_single_tokens(
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
     if block_q == 1:
         seq, q_start, q_len = token_to_seq, tile, jnp.ones(T, jnp.int32)
+        num_live = jnp.asarray(T, jnp.int32)
     else:
+        num_live = num_tokens + (T - num_tokens + (block_q - 1)) // block_q
         is_real = tile < num_tokens
         q_start = jnp.where(is_real, tile, num_tokens + (tile - num_tokens) * block_q)
         live = q_start < T
@@ -285,6 +294,8 @@ def _cut_single_tokens(
         kv_start=kv_start[:num_tiles],  # of padding it is empty, as its tiles' ranges are
         kv_end=kv_end[:num_tiles],
         num_attending=num_tokens,
+        num_live=num_live,
+        order=None,
         split=None,
         block_q=block_q,
     )

@@ -32,6 +32,7 @@ class Visibility(Protocol):
         positions: Int32[Array, " T"],
         causal_ends: Int32[Array, " T"],
         kv_ends: Int32[Array, " T"],
+        prefix_lm_ends: Int32[Array, " T"],
     ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
         """First and one past the last visible key of each token; within a sequence neither decreases.
 
@@ -40,6 +41,8 @@ class Visibility(Protocol):
             causal_ends: One past the token's own key; 0 for padding, which sees none.
             kv_ends: One past the last key of the token's sequence, which no range may pass; 0 for
                 padding.
+            prefix_lm_ends: One past the last key of the sequence's prefix that all its tokens see; 0
+                where it has none.
         """
         ...
 
@@ -53,10 +56,12 @@ class WindowClass:
     Attributes:
         causal: Whether a token sees keys up to its own position only.
         sliding_window: Number of visible keys, the token's own included, or None for all.
+        prefix_lm: Whether a token sees, besides, all keys of its sequence's prefix.
     """
 
     causal: bool = True
     sliding_window: int | None = None
+    prefix_lm: bool = False
 
     @property
     def span(self) -> int | None:
@@ -68,10 +73,13 @@ class WindowClass:
         positions: Int32[Array, " T"],
         causal_ends: Int32[Array, " T"],
         kv_ends: Int32[Array, " T"],
+        prefix_lm_ends: Int32[Array, " T"],
     ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
         """First and one past the last visible key of each token (see `Visibility`)."""
         del positions
         kv_end = causal_ends if self.causal else kv_ends
+        if self.prefix_lm:
+            kv_end = jnp.maximum(kv_end, prefix_lm_ends)
         if self.sliding_window is None:
             return jnp.zeros_like(kv_end), kv_end
         return jnp.maximum(kv_end - self.sliding_window, 0), kv_end
@@ -98,6 +106,8 @@ class AttentionSpec:
         logits_soft_cap: The cap c, or None.
         scale: Factor on q·k; `head_dim ** -0.5` where None.
         causal: Whether a token sees only keys up to its own position.
+        prefix_lm: Whether a token sees, besides, its sequence's prefix, however far it reaches beyond the
+            token's position (`nest_sequences(prefix_lm_lens=...)`). Requires `causal`, and no window.
         sinks: Whether each query head has a sink, a learned logit: neither scaled nor capped, and
             outside of every window. `attention` then takes their values.
         rope: The rotary embedding of queries and keys, whose tables are then prepared once per step;
@@ -114,6 +124,7 @@ class AttentionSpec:
     logits_soft_cap: float | None = None
     scale: float | None = None
     causal: bool = True
+    prefix_lm: bool = False
     sinks: bool = False
     rope: RopeConfig | None = None
 
@@ -128,6 +139,11 @@ class AttentionSpec:
             _check_count("sliding_window", self.sliding_window)
         if self.sliding_window is not None and not self.causal:
             raise ValueError("sliding_window needs causal=True: a two-sided window has no agreed meaning")
+        if self.prefix_lm and (not self.causal or self.sliding_window is not None):
+            raise ValueError(
+                f"prefix_lm needs causal=True, not {self.causal}, and sliding_window=None, not "
+                f"{self.sliding_window}: a prefix in a window has no agreed meaning"
+            )
         if self.logits_soft_cap is not None and not 0 < self.logits_soft_cap < math.inf:
             raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive and finite, or None")
         if self.rope is not None and self.head_dim % 2:
@@ -148,7 +164,7 @@ class AttentionSpec:
     @property
     def window_class(self) -> Visibility:
         """The part of the description that visible key ranges depend on."""
-        return WindowClass(self.causal, self.sliding_window)
+        return WindowClass(self.causal, self.sliding_window, self.prefix_lm)
 
 
 def _check_count(name: str, value: int) -> None:

@@ -34,7 +34,7 @@ def measure(program: Callable[..., Any], *args: Any, repeats: int = 10) -> Measu
     kept until the last ends.
 
     Args:
-        program: A function, compiled by `jax.jit` if it is not.
+        program: A function, compiled by `jax.jit` if it is not yet.
         *args: Its arguments; none is donated.
         repeats: Runs.
 
@@ -43,7 +43,8 @@ def measure(program: Callable[..., Any], *args: Any, repeats: int = 10) -> Measu
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
-    program = jax.jit(program)
+    if not isinstance(program, jax.stages.Wrapped):
+        program = jax.jit(program)
     jax.block_until_ready(program(*args))
     samples = _device_times(program, args, repeats) if jax.default_backend() == "gpu" else None
     if samples is not None:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxattn.consumers import triton_tiling
 from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels import triton as kernel
+from jaxattn_kernels.arrays import KVScales
 
 
 def attend(
     q: Float[Array, "T N H"],
-    k: Float[Array, "..."],
-    v: Float[Array, "..."],
+    k: Shaped[Array, "..."],
+    v: Shaped[Array, "..."],
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     *,
     sinks: Float[Array, " N"] | None = None,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend with the kernel: compiled where the program is lowered for CUDA, interpreted elsewhere.
 
@@ -30,6 +32,7 @@ def attend(
         metadata: The batch's metadata, with the schedule of this implementation.
         spec: The layer.
         sinks: Logits of the sinks, if the layer has them.
+        kv_scales: What quantised keys and values stand for, if they are.
 
     Returns:
         Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
@@ -45,6 +48,7 @@ def attend(
             v.reshape(-1, *v.shape[-2:]),
             *inputs,
             sinks=sinks,
+            kv_scales=kv_scales,
             page_size=page_size,
             scale=spec.softmax_scale,
             logits_soft_cap=spec.logits_soft_cap,

@@ -82,6 +82,7 @@ def _describe(window_class: Visibility) -> str:
         return str(window_class)
     window = window_class.sliding_window
     kind = "causal" if window_class.causal else "two-sided"
+    kind = "prefix-LM" if window_class.prefix_lm else kind
     return f"{kind}, {'no window' if window is None else f'window of {window} keys'}"
 
 

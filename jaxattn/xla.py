@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxattn.consumers import xla_tiling
 from jaxattn.metadata import AttentionMetadata, VisibleKeys
 from jaxattn.schedule import Tiles
 from jaxattn.spec import AttentionSpec, softmax_dtype
+from jaxattn_kernels.arrays import KVScales
 
 # Keys per block. Constants, not functions of the bucket: a sum in other blocks has other bits.
 SHORT_BLOCK_K = 512
@@ -37,12 +38,13 @@ class _Softmax(NamedTuple):
 
 def attend(
     q: Float[Array, "T N H"],
-    k: Float[Array, "..."],
-    v: Float[Array, "..."],
+    k: Shaped[Array, "..."],
+    v: Shaped[Array, "..."],
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     *,
     sinks: Float[Array, " N"] | None = None,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend tile by tile.
 
@@ -55,6 +57,7 @@ def attend(
         metadata: The batch's metadata, with the schedule of this implementation.
         spec: The layer.
         sinks: Logits of the sinks, if the layer has them.
+        kv_scales: What quantised keys and values stand for, if they are.
 
     Returns:
         Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
@@ -73,7 +76,7 @@ def attend(
     q = jnp.pad(q, ((0, margin), (0, 0), (0, 0)))
     for tiles, block_k in zip(schedule.lists, (SHORT_BLOCK_K, LONG_BLOCK_K), strict=False):
         out, lse = _attend_tiles(
-            out, lse, q, k, v, tiles, visible, spec, sinks, block_k=block_k, slots_of=slots_of
+            out, lse, q, k, v, tiles, visible, spec, sinks, kv_scales, block_k=block_k, slots_of=slots_of
         )
     return out[:T], lse[:T]
 
@@ -95,12 +98,13 @@ def _attend_tiles(
     out: Float[Array, "Tpad N H"],
     lse: Float[Array, "Tpad N"],
     q: Float[Array, "Tpad N H"],
-    k: Float[Array, "slots K H"],
-    v: Float[Array, "slots K H"],
+    k: Shaped[Array, "slots K H"],
+    v: Shaped[Array, "slots K H"],
     tiles: Tiles,
     visible: VisibleKeys,
     spec: AttentionSpec,
     sinks: Float[Array, " N"] | None,
+    kv_scales: KVScales | None,
     *,
     block_k: int,
     slots_of: Callable,
@@ -126,11 +130,13 @@ def _attend_tiles(
             positions = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
             in_range = (positions >= kv_begin) & (positions < kv_end)
             slots = slots_of(seq, positions)
-            k_block = k.at[slots].get(mode="clip")
+            k_block = k.at[slots].get(mode="clip").astype(q.dtype)
             # Outside the range lies another sequence's key, or NaN: 0 * NaN is NaN.
-            v_block = jnp.where(in_range[:, None, None], v.at[slots].get(mode="clip"), 0)
+            v_block = jnp.where(in_range[:, None, None], v.at[slots].get(mode="clip").astype(q.dtype), 0)
             scores = _product("krh,skh->krs", q_tile, k_block, dtype)
             scores = scores * spec.softmax_scale
+            if kv_scales is not None:
+                scores = scores * kv_scales.k.astype(dtype)[:, None, None]
             if spec.logits_soft_cap is not None:
                 scores = spec.logits_soft_cap * jnp.tanh(scores / spec.logits_soft_cap)
             sees = (first[:, None] <= positions[None, :]) & (positions[None, :] < end[:, None])
@@ -149,7 +155,8 @@ def _attend_tiles(
         state = lax.fori_loop(kv_begin // block_k, (kv_end + block_k - 1) // block_k, attend_block, state)
         seen = state.total > 0
         total = jnp.where(seen, state.total, 1)
-        o_tile = (state.acc / total[..., None]).reshape(K, block_q, G, H).transpose(1, 0, 2, 3)
+        acc = state.acc if kv_scales is None else state.acc * kv_scales.v.astype(dtype)[:, None, None]
+        o_tile = (acc / total[..., None]).reshape(K, block_q, G, H).transpose(1, 0, 2, 3)
         lse_tile = jnp.where(seen, state.max + jnp.log(total), -jnp.inf)
         lse_tile = lse_tile.reshape(K, block_q, G).transpose(1, 0, 2).reshape(block_q, N)
 

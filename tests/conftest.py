@@ -10,6 +10,10 @@ import hypothesis
 import jax
 from effort import EXAMPLES
 
+# A program is compiled for a few small runs: most of the compiler's time would go into speed that no test
+# needs. `make test-slow` compiles as users do.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -21,9 +21,12 @@ def attend_dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpe
 
 def attend_dense_with_lse(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec, sinks: np.ndarray | None = None,
-    dtype: type = np.float64,
+    dtype: type = np.float64, prefix: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The same, and the logarithm of the softmax's denominator `[q_len, N]`; sinks are keys of value 0."""
+    """The same, and the logarithm of the softmax's denominator `[q_len, N]`.
+
+    Sinks are keys of value 0. All tokens see the keys of the prefix.
+    """
     q, k, v = (np.asarray(x, dtype) for x in (q, k, v))
     k, v = np.repeat(k, spec.group_size, axis=1), np.repeat(v, spec.group_size, axis=1)
     scores = np.einsum("qnh,knh->nqk", q, k) * dtype(spec.scale or q.shape[-1] ** -0.5)
@@ -34,6 +37,7 @@ def attend_dense_with_lse(
     sees = key <= position if spec.causal else np.ones_like(key <= position)
     if spec.sliding_window is not None:
         sees &= key > position - spec.sliding_window
+    sees |= key < prefix
     scores = np.where(sees, scores, -np.inf)
     if sinks is not None:
         sink = np.broadcast_to(np.asarray(sinks, dtype)[:, None, None], (*scores.shape[:2], 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import types
 
@@ -21,6 +20,7 @@ from jaxattn import (
     MissingFieldError,
     attention,
     choose_implementation,
+    nest_sequences,
     prepare_metadata,
 )
 from jaxattn.cases import ODD, Workload, nest_workload
@@ -160,6 +160,114 @@ def attention_with_lse(spec: AttentionSpec, implementation: str):
             q, k, v, m, spec, sinks=sinks, return_lse=True, implementation=implementation
         )
     )
+
+
+PREFIX_LM = {  # queries, contexts, prefixes: of no token, of some, of a whole query, within the context
+    "packed": ((70, 5, 33, 1), (0, 0, 0, 0), (40, 5, 0, 1)),
+    "chunked": ((70, 5, 33, 1), (0, 130, 0, 64), (65, 100, 33, 64)),
+}
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("kind", PREFIX_LM)
+def test_prefix_lm(kind, implementation):
+    """Tokens of the prefix see all of it; those behind it see what causal ones see."""
+    q_lens, context_lens, prefixes = PREFIX_LM[kind]
+    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=64, prefix_lm=True)
+    problem = Problem.draw(Workload(kind, q_lens, context_lens, ""), spec)
+    bucket, tables, layout = Bucket(tokens=160, seqs=8, pages=40), None, {}
+    if kind == "packed":
+        k, v = (problem.packed(x, bucket.tokens) for x in (problem.k, problem.v))
+        bucket = Bucket(tokens=160, seqs=8)
+    else:
+        tables, k, v = problem.pages(16, num_pages=40)
+        layout = {"context_lens": context_lens, "page_tables": tables, "page_size": 16}
+    batch = nest_sequences(
+        np.zeros(sum(q_lens), int), q_lens=q_lens, prefix_lm_lens=prefixes, bucket=bucket, **layout
+    )
+    q, k, v = (jnp.asarray(x) for x in (problem.packed(problem.q, 160), k, v))
+    got = compiled_attention(spec, implementation)(q, k, v, prepare_metadata(batch, spec))
+    exact, plain = (
+        np.concatenate(
+            [
+                attend_dense_with_lse(q, k, v, spec, prefix=prefix, dtype=dtype)[0]
+                for q, k, v, prefix in zip(problem.q, problem.k, problem.v, prefixes, strict=True)
+            ]
+        )
+        for dtype in (np.float64, np.float32)
+    )
+    n = sum(q_lens)
+    assert_as_good_as(np.asarray(got)[:n], plain, exact, jnp.dtype("float32"))
+    np.testing.assert_array_equal(got[n:], 0)
+
+
+# Each of a quantised type with another type of the queries, and options besides.
+QUANTIZED = [
+    ("int8", "bfloat16", {}, ODD[3]),
+    ("float8_e4m3fn", "float16", {"sliding_window": 600, "sinks": True}, LONG),
+    ("float8_e5m2", "float32", {"logits_soft_cap": 5.0}, LONG),
+]
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, dtype), np.float32)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize(("kv_dtype", "dtype", "options", "workload"), QUANTIZED)
+def test_quantised_keys_and_values(kv_dtype, dtype, options, workload, implementation):
+    """As good as plain attention to the numbers that the cache stands for; nobody's slots are the largest."""
+    spec = AttentionSpec(num_q_heads=6, num_kv_heads=2, head_dim=64, **options)
+    sinks = np.linspace(-3, 3, 6, dtype=np.float32) if spec.sinks else None
+    k_scale, v_scale = np.array([0.01, 0.03], np.float32), np.array([0.02, 0.5], np.float32)
+    top = 127 if kv_dtype == "int8" else float(jnp.finfo(kv_dtype).max)
+
+    def store(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        steps = np.clip(x * 0.3 / scale[:, None], -top, top)
+        return rounded(np.round(steps) if kv_dtype == "int8" else steps, kv_dtype)
+
+    drawn = Problem.draw(workload, spec)
+    stored = Problem(
+        workload,
+        [rounded(q, dtype) for q in drawn.q],
+        [store(k, k_scale) for k in drawn.k],
+        [store(v, v_scale) for v in drawn.v],
+    )
+    tables, k, v = stored.pages(16, num_pages=170)
+    bucket = Bucket(tokens=160, seqs=8, pages=170)
+    batch = nest_workload(workload, page_tables=tables, page_size=16, bucket=bucket)
+    out, lse = attention(
+        jnp.asarray(stored.packed(stored.q, bucket.tokens), dtype),
+        jnp.asarray(np.nan_to_num(k, nan=top)).astype(kv_dtype),
+        jnp.asarray(np.nan_to_num(v, nan=top)).astype(kv_dtype),
+        prepare_metadata(batch, spec),
+        spec,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        return_lse=True,
+        implementation=implementation,
+    )
+
+    def attend_to_what_is_meant(wide: type, narrow: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """The definition in `wide`, its operands rounded to `narrow`."""
+        parts = []
+        for q, k, v in zip(stored.q, stored.k, stored.v, strict=True):
+            k, v = (
+                k.astype(wide) * k_scale[:, None].astype(wide),
+                v.astype(wide) * v_scale[:, None].astype(wide),
+            )
+            k, v = (x if narrow is None else rounded(x, narrow) for x in (k, v))
+            parts.append(attend_dense_with_lse(q, k, v, spec, sinks, wide))
+        return np.concatenate([out for out, _ in parts]), np.concatenate([lse for _, lse in parts])
+
+    exact, exact_lse = attend_to_what_is_meant(np.float64, None)
+    plain, _ = attend_to_what_is_meant(np.float32, dtype)
+    n = len(exact)
+    assert out.dtype == dtype
+    assert_as_good_as(np.asarray(out, np.float64)[:n], rounded(plain, dtype), exact, jnp.dtype(dtype))
+    np.testing.assert_allclose(lse[:n], exact_lse, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(out[n:], np.float32), 0)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
@@ -358,6 +466,23 @@ class TestValidation:
         with pytest.raises(ValueError, match="one dtype"):
             self.attend(k=self.k.astype(jnp.bfloat16))
 
+    @pytest.mark.parametrize(
+        ("dtype", "k_scale", "message"),
+        [
+            ("int8", None, "k_scale was not given, and keys and values are stored as int8"),
+            ("float32", 1.0, "k_scale was given, and keys and values are stored as float32"),
+            ("int8", np.ones(4), r"k_scale has shape \(4,\); give one number, or one per key head, \(2,\)"),
+        ],
+    )
+    def test_scales(self, dtype, k_scale, message):
+        with pytest.raises(ValueError, match=message):
+            self.attend(k=self.k.astype(dtype), k_scale=k_scale, v_scale=k_scale)
+
+    def test_quantised_keys_for_hopper(self):
+        q, k = self.q.astype("bfloat16"), self.k.astype("int8")
+        with pytest.raises(NotImplementedError, match="keys are int8 and queries bfloat16"):
+            self.attend(q=q, k=k, k_scale=1.0, v_scale=1.0, implementation="mosaic")
+
     def test_sinks_of_a_spec_without(self):
         with pytest.raises(ValueError, match=r"sinks was given, and spec.sinks=False"):
             self.attend(sinks=jnp.zeros(4))
@@ -409,9 +534,7 @@ class TestChoice:
     spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=64)
 
     def test_cpu(self):
-        choice = choose_implementation(self.spec, platform="cpu")
-        assert choice.implementation == "xla"
-        assert "platform is cpu" in choice.reason
+        assert choose_implementation(self.spec, platform="cpu").implementation == "xla"
 
     @pytest.mark.parametrize("platform", ["gpu", "cuda"])
     def test_gpu(self, platform):
@@ -422,8 +545,7 @@ class TestChoice:
     )
     def test_gpu_that_the_kernel_does_not_serve(self, monkeypatch, capability, reason):
         device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        module = importlib.import_module("jaxattn.attention")  # the package exports a function of this name
-        monkeypatch.setattr(module, "_default_device", lambda: device)
+        monkeypatch.setattr("jaxattn.choice.default_device", lambda: device)
         choice = choose_implementation(self.spec)
         assert choice.implementation == "xla"
         assert reason in choice.reason
@@ -432,6 +554,18 @@ class TestChoice:
         choice = choose_implementation(self.spec, platform="gpu", dtype="float64")
         assert choice.implementation == "xla"
         assert "float64" in choice.reason
+
+    @pytest.mark.parametrize(
+        ("capability", "chosen"), [("8.0", "xla"), ("8.9", "triton"), ("10.0", "triton")]
+    )
+    def test_float8_needs_a_gpu_that_reads_it(self, monkeypatch, capability, chosen):
+        device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+        monkeypatch.setattr("jaxattn.choice.default_device", lambda: device)
+        choice = choose_implementation(self.spec, dtype="bfloat16", kv_dtype="float8_e4m3fn")
+        assert choice.implementation == chosen
+        for kv_dtype in ("int8", "float8_e5m2"):
+            choice = choose_implementation(self.spec, dtype="bfloat16", kv_dtype=kv_dtype)
+            assert choice.implementation == "triton"
 
     def test_auto_is_the_choice(self):
         problem = Problem.draw(ODD[0], self.spec)

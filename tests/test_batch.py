@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -44,7 +45,7 @@ def test_is_one_leaf_of_the_buckets_size():
     (leaf,) = jax.tree.leaves(batch)
     assert leaf.dtype == jnp.int32
     assert leaf.shape == jax.tree.leaves(abstract_batch(BUCKET, 4))[0].shape
-    assert leaf.size == 1 + 12 + 5 + 4 + 4 + 4 + 5 + 8
+    assert leaf.size == 1 + 12 + 5 + 4 + 4 + 4 + 4 + 5 + 8
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,8 @@ def test_the_check_allows_shared_prefixes_only_where_asked(bucket):
         ("token_ids", [-1] * 12, "token_ids=.* must not be negative"),
         ("state_slots", [0, 0, 1, 0], "state_slots=.* must be distinct"),
         ("state_slots", [-3, 0, 1, 0], "state_slots=.* must be distinct, not negative"),
+        ("prefix_lm_lens", [0, 2, 0, 0], "prefix_lm_lens=.* must lie within the contexts"),
+        ("prefix_lm_lens", [0, -1, 0, 0], "prefix_lm_lens=.* must lie within the contexts"),
         ("page_indptr", [0, 2, 1, 5, 5], "page_indptr=.* must begin with 0, never decrease"),
         ("page_indptr", [0, 2, 3, 9, 9], "at or before bucket.pages=8"),
         ("page_indptr", [0, 2, 3, 5, 9], "at or before bucket.pages=8"),
@@ -448,6 +451,39 @@ def test_advance_clips_counts_that_cannot_be():
 def test_advance_keeps_state_slots():
     batch = nest_sequences(SEQUENCES, **PAGED, state_slots=[5, 0, 2], bucket=BUCKET)
     np.testing.assert_array_equal(advance(batch, jnp.zeros(4, jnp.int32)).state_slots, [5, 0, 2, PAD_SLOT])
+
+
+def test_prefixes_of_prefix_lm():
+    """Within a query that has no context, or within the context: prefilled in one step, then kept."""
+    lens: dict[str, Any] = {"context_lens": [4, 0, 5], "prefix_lm_lens": [4, 1, 0]}
+    batch = nest_sequences(
+        [[1] * 2, [1], [1]], page_tables=[[0, 1], [2], [3, 4]], page_size=4, bucket=BUCKET, **lens
+    )
+    np.testing.assert_array_equal(batch.prefix_lm_lens, [4, 1, 0, 0])
+    np.testing.assert_array_equal(advance(batch, jnp.zeros(4, jnp.int32)).prefix_lm_lens, [4, 1, 0, 0])
+    CHECK[False](batch)[0].throw()
+
+
+@pytest.mark.parametrize(
+    ("contexts", "prefixes", "message"),
+    [
+        (
+            [0, 0],
+            [3, 0],
+            r"prefix_lm_lens\[0\]=3 must lie between 0 and 2: .* 0 tokens of context and 2 of query",
+        ),
+        ([0, 1], [2, 2], r"prefix_lm_lens\[1\]=2 must lie between 0 and 1: .* prefilled in one step"),
+        ([0, 0], [0, -1], r"prefix_lm_lens\[1\]=-1 must lie between 0 and 2"),
+        ([0, 0], [0], "prefix_lm_lens .* 2 sequences"),
+        ([0, 0], [0.5, 0], "prefix_lm_lens .*integer"),
+    ],
+)
+def test_prefixes_that_are_refused(contexts, prefixes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        nest_sequences(
+            [[1, 2], [3, 4]], context_lens=contexts, page_tables=[[0], [1]], page_size=4,
+            prefix_lm_lens=prefixes, bucket=BUCKET,
+        )  # fmt: skip
 
 
 def test_advance_refuses_a_bucket_without_room():

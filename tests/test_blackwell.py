@@ -265,7 +265,7 @@ def test_the_compute_capability_chooses_the_kernel(monkeypatch):
         for capability in (None, "9.0", "10.0", "10.3")
     }
     assert names == {None: "mosaic", "9.0": "mosaic", "10.0": "blackwell", "10.3": "blackwell"}
-    assert mosaic.obstacle(spec, "bfloat16", 96, capability="9.0")
+    assert mosaic.obstacle(spec, "bfloat16", "bfloat16", 96, capability="9.0")
     monkeypatch.setattr(jax, "devices", lambda: [type("GPU", (), {"compute_capability": BLACKWELL})])
     assert mosaic._kernel(None) is kernel
 
@@ -274,6 +274,7 @@ def test_the_compute_capability_chooses_the_kernel(monkeypatch):
     ("options", "reason"),
     [
         ({"dtype": "float32"}, "dtype float32 is not one of bfloat16, float16"),
+        ({"kv_dtype": "int8"}, "keys are int8 and queries bfloat16"),
         ({"head_dim": 80}, "head_dim=80 is not one of 64, 128, 256"),
         ({"group_size": 65}, "two tokens' 65 query heads per key head exceed the 128 rows"),
         ({"page_size": 12}, "page_size=12 is not a multiple of 8"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxattn import PAD_SLOT, PagePool, init_cache, write_cache
+from jaxattn import PAD_SLOT, PagePool, init_cache, quantization_scale, write_cache
 
 
 def test_write():
@@ -24,6 +24,66 @@ def test_write_casts_to_the_caches_dtype():
     cache = init_cache(num_pages=1, page_size=2, num_kv_heads=1, head_dim=4, dtype="bfloat16")
     ones = jnp.ones((1, 1, 4))
     assert write_cache(cache, ones, ones, jnp.array([1], jnp.int32)).k_pages.dtype == jnp.bfloat16
+
+
+def quantized_cache(dtype: str, k_scale, v_scale):
+    return init_cache(
+        num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=dtype, k_scale=k_scale, v_scale=v_scale
+    )
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("int8", 7), ("float8_e4m3fn", 4), ("float8_e5m2", 3)])
+def test_a_quantised_cache_holds_the_nearest_number(dtype, bits):
+    """Integers err by half a unit at most, floats by half their last bit, of what the head's scale makes."""
+    rng = np.random.default_rng(0)
+    k, v = ((np.array([1e-3, 50])[:, None] * rng.standard_normal((3, 2, 16))).astype("float32") for _ in "kv")
+    k_scale, v_scale = (quantization_scale(jnp.asarray(x), dtype) for x in (k, v))
+    cache = quantized_cache(dtype, k_scale, v_scale)
+    written = write_cache(cache, jnp.asarray(k), jnp.asarray(v), jnp.array([5, 0, 3], jnp.int32))
+    for pages, scale, rows in (
+        (written.k_pages, written.k_scale, k),
+        (written.v_pages, written.v_scale, v),
+    ):
+        assert pages.dtype == dtype
+        stored = np.asarray(pages.astype("float32")).reshape(8, 2, 16)[[5, 0, 3]]
+        got = stored * np.asarray(scale)[:, None]
+        unit = np.asarray(scale)[:, None] if dtype == "int8" else np.abs(rows) * 2.0 ** (1 - bits)
+        tiny = 0 if dtype == "int8" else np.asarray(scale)[:, None] * float(jnp.finfo(dtype).smallest_normal)
+        assert (np.abs(got - rows) <= 0.5001 * np.maximum(unit, tiny)).all()
+        largest = 127 if dtype == "int8" else float(jnp.finfo(dtype).max)
+        assert (np.abs(stored).max(axis=(0, 2)) == largest).all(), "the whole range is used, by every head"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [("int8", 127), ("float8_e4m3fn", 448), ("float8_e5m2", 57344)]
+)
+def test_what_exceeds_the_range_becomes_the_largest(dtype, largest):
+    x = jnp.full((1, 2, 16), 1e6).at[:, 1].set(-jnp.inf)
+    written = write_cache(quantized_cache(dtype, 1.0, 1.0), x, x, jnp.array([0], jnp.int32))
+    np.testing.assert_array_equal(written.k_pages[0, 0, 0].astype("float32"), largest)
+    np.testing.assert_array_equal(written.v_pages[0, 0, 1].astype("float32"), -largest)
+
+
+def test_a_head_of_zeros_has_a_scale():
+    assert np.isfinite(quantization_scale(jnp.zeros((3, 2, 4)), "int8")).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k_scale", "message"),
+    [
+        ("int8", None, "k_scale was not given, and keys and values are stored as int8"),
+        ("float32", 1.0, "k_scale was given, and keys and values are stored as float32"),
+        ("int8", [1.0, 1.0, 1.0], r"k_scale has shape \(3,\); give one number, or one per key head, \(2,\)"),
+    ],
+)
+def test_scales_and_dtype_must_agree(dtype, k_scale, message):
+    with pytest.raises(ValueError, match=message):
+        quantized_cache(dtype, None if k_scale is None else jnp.asarray(k_scale), 1.0)
+
+
+def test_only_a_quantised_cache_has_a_scale_to_choose():
+    with pytest.raises(ValueError, match="dtype=bfloat16 is not one of int8"):
+        quantization_scale(jnp.zeros((3, 2, 4)), "bfloat16")
 
 
 @pytest.mark.parametrize(("shape", "slots"), [((3, 1, 4), [0, 1, 2]), ((1, 2, 4), [0, 1, 2])])

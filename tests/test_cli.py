@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxattn import DecoderConfig, Model, compute_logits, generate, save_model
+from jaxattn import DecoderConfig, Model, compute_logits, generate, save_model, tune
+from jaxattn.choice_table import VARIABLE, read_table
 from jaxattn.cli import run
 from jaxattn.models import init_params
+from jaxattn.timing import Measured
 
 CONFIG = DecoderConfig(
     vocab_size=61,
@@ -80,13 +82,98 @@ def test_logits(model, path, tmp_path):
             np.testing.assert_allclose(arrays[f"logits_{i}"], expected, rtol=0, atol=1e-5)
 
 
-def test_info(capsys):
+def test_info(capsys, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
     assert run(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["implementation"] == "xla"
-    assert "platform is cpu" in facts["reason"]
+    for phase in ("decode", "prefill"):
+        assert facts[phase]["implementation"] == "xla"
+        assert "jaxattn/choices.json runs[" in facts[phase]["reason"]
+    assert facts[VARIABLE] == "not set"
+    assert [table.partition(",")[0] for table in facts["tables"]] == ["jaxattn/choices.json"]
     assert run(["info"]) == 0
-    assert jax.__version__ in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["jax", jax.__version__] for line in lines)
+    assert any(line.startswith("decode          xla: xla is ") for line in lines)
+
+
+def test_tune_and_follow_it(tmp_path, capsys, monkeypatch):
+    """As a new user does: measure, set the variable, look."""
+    out = tmp_path / "my choices.json"
+    layer = ["--head-dim", "128", "--heads", "2/1", "--dtype", "bfloat16", "--page-size", "16"]
+    options = ["--quick", *layer, "--out", str(out)]
+    assert run(["tune", *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"wrote 2 rows to {out}" in printed
+    assert f"export {VARIABLE}='{out}'" in printed
+    assert "not what is fastest" in printed
+    monkeypatch.setenv(VARIABLE, str(out))
+    assert run(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts[VARIABLE] == str(out)
+    assert facts["tables"][0] == f"{out}, 2 rows"
+    for i, phase in enumerate(("decode", "prefill")):
+        assert facts[phase]["reason"].endswith(f"{out} runs[0].rows[{i}]")
+    before = out.read_text()
+    assert run(["tune", *options]) == 2
+    assert f"--out {out} exists; name another file, or replace it with --force" in capsys.readouterr().err
+    assert out.read_text() == before
+
+
+def test_tune_replaces_a_file_if_forced(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "measure", lambda *args, repeats: Measured(1.0, (1.0,), "host"))
+    out = tmp_path / "choices.json"
+    out.write_text("{}")
+    options = ["--quick", "--page-size", "none", "--head-dim", "16", "--implementation", "xla"]
+    assert run(["tune", *options, "--out", str(out), "--force"]) == 0
+    assert len(read_table(out).rows) == 1
+    assert (
+        run(["tune", "--page-size", "none", "--implementation", "mosaic", "--out", str(tmp_path / "b")]) == 2
+    )
+    output = capsys.readouterr()
+    assert "no row for prefill in float32, head dim 64, packed keys: mosaic: dtype float32" in output.out
+    assert output.err.splitlines()[-1].startswith("jaxattn: error: no candidate serves any of these layers")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--heads", "32"], "'32' must be query heads/key heads, such as 32/8"),
+        (["--page-size", "0"], "'0' must be an integer of at least 1, or 'none'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_tune_usage(capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        run(["tune", *options])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--heads", "6/4"], "num_q_heads=6 must be a multiple of num_kv_heads=4"),
+        (["--head-dim", "0"], "head_dim=0 must be an integer"),
+        (["--out", "."], "--out . is a folder; name a file in it"),
+        (["--out", "none/x"], "the folder none does not exist; create it"),
+    ],
+)
+def test_tune_checks_before_it_measures(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tune, "measure", None)
+    assert run(["tune", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_info_says_what_is_wrong_with_a_table(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "choices.json"
+    path.write_text('{"jaxattn_choices": 1, "runs": 3}')
+    monkeypatch.setenv(VARIABLE, str(path))
+    assert run(["info"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"jaxattn: error: {VARIABLE}={path}: {path}: runs=3 is not a list; correct it")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -494,6 +494,11 @@ def test_trap_the_window_counts_the_keys_besides_ones_own(window, expected):
         token += q_len
 
 
+def test_a_prefix_is_no_pair():
+    with pytest.raises(ValueError, match=r"prefix_lm=True.* is no \(left, right\) pair"):
+        ex.window_size(AttentionSpec(**HEADS, prefix_lm=True))
+
+
 @pytest.mark.parametrize("sliding_window", [1, 2, 6, 50])
 def test_trap_the_window_means_the_same_to_jax_nn(sliding_window):
     """Equal scores over an identity matrix of values show which keys `jax.nn` lets through."""

@@ -33,7 +33,7 @@ class ChunkClass:
     def span(self) -> int:
         return self.chunk
 
-    def visible_range(self, positions, causal_ends, kv_ends):
+    def visible_range(self, positions, causal_ends, kv_ends, prefix_lm_ends):
         return jnp.minimum(positions - positions % self.chunk, causal_ends), causal_ends
 
 

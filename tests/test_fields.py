@@ -18,7 +18,7 @@ from jaxattn.schedule import SplitPlan, Tiles, Tiling
 
 ROOT = Path(__file__).parent.parent
 SPEC = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig())
-SPLITTING = Consumer("splitting", frozenset({"schedules"}), lambda spec: Tiling(1, 8, split_keys=4))
+SPLITTING = Consumer("splitting", frozenset({"schedules"}), lambda spec: Tiling(1, 8, 4, longest_first=True))
 BATCH = nest_sequences([[1] * 20, [1]], page_tables=[[0, 3], [1, 2]], page_size=16)
 AXES = {"T": BATCH.bucket.tokens, "R": BATCH.bucket.seqs, "P": BATCH.bucket.pages, "M": 3, "H": 16}
 
@@ -45,22 +45,26 @@ def test_documents_hold_the_table_of_today(document):
 def test_every_array_has_the_shape_and_dtype_of_its_table():
     m = everything()
     (visible,) = m.visible
-    tiles = next(s for s in visible.schedules if s.tiling.split_keys).short
-    assert tiles.split is not None
-    W, U = tiles.seq.shape[0], tiles.split.tile.shape[0]
+    schedule = next(s for s in visible.schedules if s.tiling == Tiling(1, 8, 4, longest_first=True))
+    tiles, split = schedule.long, schedule.short.split
+    assert tiles is not None
+    assert split is not None
+    lengths: dict[type, dict[str, int]] = {Tiles: {"W": tiles.seq.shape[0]}}
+    lengths[SplitPlan] = {"W": schedule.short.seq.shape[0], "U": split.tile.shape[0]}
     holders = [
         (RaggedBatch, BATCH),
         (AttentionMetadata, m),
         (VisibleKeys, visible),
         (Tiles, tiles),
-        (SplitPlan, tiles.split),
+        (SplitPlan, split),
         (Cascade, m.cascade),
     ]
     for kind, holder in holders:
         for info in field_table(kind):
             value = getattr(holder, info.name)
             if info.shape is not None:
-                shape = tuple(size_of(axis, W=W, U=U) for axis in info.shape.split(", ") if axis)
+                axes = [axis for axis in info.shape.split(", ") if axis]
+                shape = tuple(size_of(axis, **lengths.get(kind, {})) for axis in axes)
                 assert (value.shape, str(value.dtype)) == (shape, info.dtype), info.name
             assert info.meaning.endswith(".") or kind not in (AttentionMetadata, VisibleKeys), info.name
 

@@ -1,9 +1,12 @@
 """The GPU harness where there is no GPU: its counts, and that it finds a kernel that is wrong."""
 
+import importlib.util
+
 import gpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_baselines
 
 from jaxattn.cases import ODD, Workload
 
@@ -67,6 +70,40 @@ def test_every_case_has_the_smallest_bucket():
     assert len(set(names)) == len(names)
     for case in gpu.speed_cases():
         assert gpu.bucket_of(case).tokens == sum(case.workload.q_lens)
+
+
+def test_cases_cover_what_is_claimed():
+    cases = gpu.speed_cases()
+    equal = [(case, *case.shapes.equal_lens) for case in cases if case.shapes.equal_lens]
+    prefill = [(n, case.causal) for case, q, n in equal if q == n and case.sliding_window is None]
+    assert {(512 * 2**i, causal) for i in range(7) for causal in (True, False)} <= set(prefill)
+    decode = {(len(case.workload.q_lens), n) for case, q, n in equal if q == 1}
+    assert {(64, 8192), (1, 8192), (32, 4096), *((64, 32 * 2**i) for i in range(6))} <= decode
+    for is_decode in True, False:
+        sizes = {case.page_size for case, q, _ in equal if (q == 1) == is_decode}
+        assert {8, 16, 32, 64, 128} <= sizes
+        assert any(case.sliding_window for case, q, _ in equal if (q == 1) == is_decode)
+    ragged = [case.workload for case in cases if not case.shapes.equal_lens]
+    assert any(set(workload.q_lens) == {1} for workload in ragged)
+    assert any(1 in workload.q_lens and max(workload.q_lens) > 1 for workload in ragged)
+    assert any(min(workload.q_lens) > 1 for workload in ragged)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
+def test_without_pytorch_it_is_no_candidate():
+    for case in gpu.quick_cases():
+        assert list(torch_baselines.candidates(case.shapes, sets=1)) == []
+
+
+def test_a_candidate_that_fails_is_recorded(monkeypatch):
+    def broken():
+        raise ImportError("no kernel for this GPU")
+
+    monkeypatch.setattr(torch_baselines, "candidates", lambda shapes, sets: [("broken", broken)])
+    limits = {"bf16_flops_per_s": 1e12, "copy_bytes_per_s": 1e12}
+    *_, result, metadata = gpu.time_case(gpu.quick_cases()[1], limits, repeats=1, rotated=False)
+    assert result["error"] == "ImportError: no kernel for this GPU"
+    assert metadata["kind"] == "metadata"
 
 
 def test_what_no_sequence_owns_is_poisoned():

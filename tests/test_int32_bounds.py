@@ -92,6 +92,24 @@ def test_large_caches_lower_everywhere(implementation):
     assert out.shape == (8, 32, 128)
 
 
+@pytest.mark.parametrize(
+    ("num_pages", "served"), [(1 << 17, True), ((1 << 17) + 1, False), ((1 << 18) + 1, True)]
+)
+def test_one_byte_caches_whose_offsets_would_overflow_are_refused(num_pages, served):
+    """Up to 2^32 bytes Pallas counts in 32 bits, signed: right for numbers of two bytes and more."""
+    pages = jax.ShapeDtypeStruct((num_pages, PAGE_SIZE, 8, 128), jnp.int8)
+    metadata = jax.eval_shape(lambda b: prepare_metadata(b, SPEC), abstract_batch(BUCKET, PAGE_SIZE))
+
+    def attend(q, k, m):
+        return attention(q, k, k, m, SPEC, k_scale=1.0, v_scale=1.0, implementation="triton")
+
+    if served:
+        jax.eval_shape(attend, arguments(SMALL)[0], pages, metadata)
+    else:
+        with pytest.raises(NotImplementedError, match="numbers of one byte would overflow; use fewer pages"):
+            jax.eval_shape(attend, arguments(SMALL)[0], pages, metadata)
+
+
 def test_more_slots_than_int32_are_refused_when_the_cache_is_built():
     with pytest.raises(ValueError, match=f"num_pages={TOO_LARGE} of page_size=16 tokens make {2**31} slots"):
         abstract_cache(TOO_LARGE)

@@ -264,11 +264,16 @@ def test_split_bound_is_tight():
 
 
 def test_longest_tiles_first():
-    batch = nest_sequences(
-        [[1]] * 3, context_lens=[3, 9, 5], page_tables=[[0], [1], [2]], page_size=16, bucket=BUCKET.decode()
-    )
-    (visible,) = prepare_metadata(batch, SPECS[0], consumers="xla", fields=("longest_first",)).visible
-    np.testing.assert_array_equal(visible.longest_first[0][0], [1, 2, 0, 3, 4, 5])
+    batch = nest_sequences([[1] * 2, [1] * 5, [1], [1] * 2], bucket=BUCKET)
+    schedule = schedule_of(batch, Tiling(1, 2, longest_first=True))
+    assert schedule.short.order is None, "a short query has one tile"
+    assert schedule.long is not None
+    assert schedule.long.order is not None
+    # Tiles 1, 2, 3 are of the second sequence and end with keys 2, 4, 5; after 4 come those of padding.
+    np.testing.assert_array_equal(schedule.long.order[:5], [3, 2, 0, 1, 4])
+    live = np.arange(len(schedule.long.seq)) < schedule.long.num_live
+    keys = np.where(live, schedule.long.kv_end - schedule.long.kv_start, -1)
+    assert (np.diff(keys[schedule.long.order]) <= 0).all()
 
 
 def test_page_indices_hold_the_pages_with_keys():
@@ -426,11 +431,11 @@ def test_a_decode_bucket_has_no_long_list_and_a_tile_per_token():
 @pytest.mark.parametrize(
     ("num_q_heads", "window", "tiling"),
     [
-        (8, None, Tiling(2, 8, 512)),
-        (1, None, Tiling(16, 64, 512)),
-        (128, None, Tiling(1, 2, 512)),  # however wide a group: one token, or more than one
-        (8, 511, Tiling(2, 8, None)),  # all that the two tokens see fits one unit
-        (8, 512, Tiling(2, 8, 512)),
+        (8, None, Tiling(2, 8, 512, True)),
+        (1, None, Tiling(16, 64, 512, True)),
+        (128, None, Tiling(1, 2, 512, True)),  # however wide a group: one token, or more than one
+        (8, 511, Tiling(2, 8, None, True)),  # all that the two tokens see fits one unit
+        (8, 512, Tiling(2, 8, 512, True)),
     ],
 )
 def test_tiles_of_the_tensor_cores(num_q_heads, window, tiling):

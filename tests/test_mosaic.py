@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ import numpy as np
 import pytest
 from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from oracle import Problem
+from oracle import Problem, attend_dense_with_lse
 from tolerances import assert_as_good_as
 
-from jaxattn import AttentionSpec, Bucket, attention, mosaic, prepare_metadata
+from jaxattn import AttentionSpec, Bucket, attention, consumers, mosaic, prepare_metadata
 from jaxattn.cases import ODD, Workload, nest_workload
+from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn_kernels import mosaic as kernel
+from jaxattn_kernels.arrays import TileList
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
 # A race raises, or is logged if asked for; before jax 0.12 it was printed, and nothing else.
@@ -39,12 +42,19 @@ def no_races(capsys):
 
 @functools.lru_cache(maxsize=4)
 def simulated(spec: AttentionSpec, interpret: plgpu.InterpretGPUParams = SIMULATED):
-    return jax.jit(lambda q, k, v, metadata: mosaic.attend(q, k, v, metadata, spec, interpret=interpret)[0])
+    return jax.jit(functools.partial(mosaic.attend, spec=spec, sinks=sinks_of(spec), interpret=interpret))
 
 
 @functools.lru_cache(maxsize=4)
 def plain(spec: AttentionSpec):
-    return jax.jit(lambda q, k, v, metadata: attention(q, k, v, metadata, spec, implementation="xla"))
+    return jax.jit(
+        functools.partial(attention, spec=spec, sinks=sinks_of(spec), implementation="xla", return_lse=True)
+    )
+
+
+def sinks_of(spec: AttentionSpec) -> jax.Array | None:
+    """Some below all logits, some above."""
+    return jnp.linspace(-9, 9, spec.num_q_heads, dtype=jnp.float32) if spec.sinks else None
 
 
 def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: str, bucket: Bucket = SMALL):
@@ -55,20 +65,41 @@ def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: 
     else:
         num_pages = max(SLOTS, sum(problem.workload.kv_lens)) // page_size + bucket.seqs
         tables, k, v = problem.pages(page_size, num_pages=num_pages)
-        bucket = Bucket(bucket.tokens, bucket.seqs, num_pages)
+        bucket = dataclasses.replace(bucket, pages=num_pages)
         batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
     q, k, v = (jnp.asarray(x, dtype) for x in (problem.packed(problem.q, bucket.tokens), k, v))
     return q, k, v, prepare_metadata(batch, spec, consumers=("mosaic", "xla"))
 
 
-def check(workload: Workload, spec: AttentionSpec, page_size: int | None, dtype: str = "bfloat16"):
-    """As precise as XLA, and zero in the padding."""
+def check(
+    workload: Workload,
+    spec: AttentionSpec,
+    page_size: int | None,
+    dtype: str = "bfloat16",
+    bucket: Bucket = SMALL,
+) -> None:
+    """As precise as XLA; 0 and -inf in the padding."""
     problem = Problem.draw(workload, spec)
-    args = inputs(problem, spec, page_size, dtype)
-    got, expected = (np.asarray(f(spec)(*args), np.float64) for f in (simulated, plain))
+    # What the dtype can represent: rounding the inputs is no error of the kernel's.
+    problem = dataclasses.replace(
+        problem,
+        **{x: [np.asarray(jnp.asarray(a, dtype), np.float32) for a in getattr(problem, x)] for x in "qkv"},
+    )
+    args = inputs(problem, spec, page_size, dtype, bucket)
+    (got, got_lse), (out, lse) = (
+        [np.asarray(x, np.float64) for x in f(spec)(*args)] for f in (simulated, plain)
+    )
+    sinks = None if not spec.sinks else np.asarray(sinks_of(spec))
+    sequences = zip(problem.q, problem.k, problem.v, strict=True)
+    exact, exact_lse = (
+        np.concatenate(x)
+        for x in zip(*(attend_dense_with_lse(*qkv, spec, sinks) for qkv in sequences), strict=True)
+    )
     n = sum(workload.q_lens)
-    assert_as_good_as(got[:n], expected[:n], problem.expected(spec), jnp.dtype(dtype))
+    assert_as_good_as(got[:n], out[:n], exact, jnp.dtype(dtype))
+    assert_as_good_as(got_lse[:n], lse[:n], exact_lse, jnp.dtype("float32"))
     np.testing.assert_array_equal(got[n:], 0)
+    np.testing.assert_array_equal(got_lse[n:], -np.inf)
 
 
 def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) -> AttentionSpec:
@@ -76,14 +107,18 @@ def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) ->
 
 
 LAYERS = {
-    "mha": (layer(2, 2), 16, "bfloat16"),
+    "mha, sinks": (layer(2, 2, sinks=True), 16, "bfloat16"),
     "two heads per group, window and cap, small pages": (
         layer(2, 1, sliding_window=7, logits_soft_cap=5.0),
         8,
         "float16",
     ),
-    "four heads per group, window of several pages": (layer(4, 1, 128, sliding_window=40), 64, "bfloat16"),
-    "eight heads per group, cap": (layer(8, 1, logits_soft_cap=5.0), 16, "bfloat16"),
+    "four heads per group, window of several pages": (
+        layer(4, 1, 128, sliding_window=40, sinks=True),
+        64,
+        "bfloat16",
+    ),
+    "eight heads per group, cap": (layer(8, 1, 80, logits_soft_cap=5.0), 16, "bfloat16"),
     "rows that no head fills, pages larger than a block": (layer(3, 1), 256, "float16"),
 }
 
@@ -109,6 +144,56 @@ def test_packed_keys(causal):
     check(ODD[0], layer(2, 1, causal=causal), None)
 
 
+SPLITS = {
+    # Sequences of one unit and of several; padding, hence a tile without keys.
+    "sinks": (64, (1, 3, 2, 1), (190, 4, 66, 0), layer(8, 2, sinks=True), 16, Bucket(12, 4, max_q_len=3)),
+    # A window that begins amid a unit, and units that some token does not see.
+    "window": (64, (3, 1), (160, 30), layer(5, 1, 96, sliding_window=90), 8, Bucket(4, 2, max_q_len=3)),
+    # Units that share a block of keys with others.
+    "packed": (8, (15, 33, 2), (0, 0, 0), layer(1, 1, sinks=True), None, Bucket(56, 3, max_q_len=33)),
+}
+
+
+def split_at(split_keys: int, spec: AttentionSpec, monkeypatch) -> AttentionSpec:
+    """A layer that no other test may use: what it asks of the metadata is remembered."""
+    monkeypatch.setattr(consumers, "SPLIT_KEYS", split_keys)
+    assert consumers.mosaic_tiling(spec).split_keys == split_keys
+    return spec
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_split_keys_are_merged(monkeypatch, name):
+    split_keys, q_lens, context_lens, spec, page_size, bucket = SPLITS[name]
+    spec = split_at(split_keys, spec, monkeypatch)
+    check(Workload(name, q_lens, context_lens, "split keys"), spec, page_size, bucket=bucket)
+
+
+def test_what_does_not_change_a_bit(monkeypatch):
+    """A unit that is its whole tile, the order of tiles, and how many of them a program serves."""
+    spec = layer(2, 2, sinks=True, sliding_window=600)
+    problem = Problem.draw(Workload("mixed", (1, 70, 2), (20, 0, 1), ""), spec)
+    q, k, v, metadata = inputs(problem, spec, 64, "bfloat16", Bucket(76, 3))
+    visible, lookup, tile_lists = kernel_inputs(metadata, spec, consumers.mosaic_tiling(spec))
+    short, long = tile_lists
+    assert short.split is not None
+    assert (np.diff(short.split.indptr) <= 1).all()
+
+    def attend(*tile_lists: TileList):
+        options = {"page_size": 64, "scale": 0.1, "logits_soft_cap": None, "windowed": True}
+        k_flat, v_flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        return kernel.ragged_attention(
+            q, k_flat, v_flat, visible, lookup, tile_lists,
+            sinks=sinks_of(spec), interpret=SIMULATED, **options,
+        )  # fmt: skip
+
+    expected = attend(short._replace(split=None), long)
+    monkeypatch.setattr(kernel, "MAX_PROGRAMS", 2)
+    num_tiles = long.tiles.seq.shape[0]
+    got = attend(short, long._replace(order=jnp.arange(num_tiles, dtype=jnp.int32)[::-1]))
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
 @pytest.mark.parametrize("page_size", [8, 16, 64, None])
@@ -122,7 +207,7 @@ def test_agrees_with_xla_everywhere(group_size, page_size, head_dim):
 def test_a_number_of_tokens_that_no_tile_divides():
     spec = layer(2, 1)
     problem = Problem.draw(Workload("odd", (5, 6), (0, 0), ""), spec)
-    got = simulated(spec)(*inputs(problem, spec, None, "float16", Bucket(11, 2)))
+    got, _ = simulated(spec)(*inputs(problem, spec, None, "float16", Bucket(11, 2)))
     np.testing.assert_allclose(np.asarray(got, np.float64), problem.expected(spec), atol=5e-3)
 
 
@@ -184,39 +269,59 @@ def forget_to_commit(monkeypatch) -> None:
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
 
 
-# Each with the keys that show it: a stage is used twice, or once.
+def forget_to_wait_for_copies(monkeypatch) -> None:
+    """The second half of a partial result is written while the first may be on its way out."""
+    real_copy, real_wait, copies = kernel._copy_tokens, plgpu.wait_smem_to_gmem, itertools.count()
+
+    def copy(*args):
+        forgets = next(copies) == 1  # of a result, and of two halves
+        monkeypatch.setattr(plgpu, "wait_smem_to_gmem", (lambda n: None) if forgets else real_wait)
+        real_copy(*args)
+
+    monkeypatch.setattr(kernel, "_copy_tokens", copy)
+
+
+# Each with the queries and keys that show it: a stage is used twice, or once. A single query's are split.
 MISTAKES = {
-    "none": (lambda monkeypatch: None, 320),
+    "none": (lambda monkeypatch: None, 70, 320),
     "keys are released before they are read": (
         functools.partial(release_too_early, ready="k_ready", free="k_free"),
+        70,
         320,
     ),
     "values are released before they are read": (
         functools.partial(release_too_early, ready="v_ready", free="v_free"),
+        70,
         320,
     ),
     "keys are read before they arrive": (
         functools.partial(forget_to_wait, role="_consume", barrier="k_ready"),
+        70,
         170,
     ),
     "values are read before they arrive": (
         functools.partial(forget_to_wait, role="_consume", barrier="v_ready"),
+        70,
         170,
     ),
-    "writes are not committed": (forget_to_commit, 170),
+    "writes are not committed": (forget_to_commit, 70, 170),
+    "none, with split keys": (lambda monkeypatch: None, 1, 90),
+    "partial results are overwritten": (forget_to_wait_for_copies, 1, 90),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
-    make, num_keys = MISTAKES[mistake]
+    make, num_tokens, num_keys = MISTAKES[mistake]
     make(monkeypatch)
     spec = layer(1, 1)
-    problem = Problem.draw(Workload("one tile", (70,), (num_keys - 70,), ""), spec)
-    args = inputs(problem, spec, 64, "bfloat16", Bucket(72, 1))
-    jax.block_until_ready(mosaic.attend(*args, spec, interpret=REPORTED))
+    if num_tokens == 1:
+        spec = split_at(64, layer(1, 1, scale=0.5), monkeypatch)
+    problem = Problem.draw(Workload("one tile", (num_tokens,), (num_keys - num_tokens,), ""), spec)
+    args = inputs(problem, spec, 64, "bfloat16", Bucket(num_tokens, 1))
+    jax.block_until_ready(mosaic.attend(*args, spec, interpret=REPORTED)[0])
     report = caplog.text + capsys.readouterr().out
-    assert ("RACE DETECTED" in report) == (mistake != "none")
+    assert ("RACE DETECTED" in report) == (not mistake.startswith("none"))
 
 
 TARGET = {"platforms": ["cuda"], "disabled_checks": [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]}
@@ -225,27 +330,34 @@ TARGET = {"platforms": ["cuda"], "disabled_checks": [export.DisabledSafetyCheck.
 def count_kernels(spec: AttentionSpec, page_size: int | None) -> int:
     """Kernels in the program that is exported for a GPU."""
     args = inputs(Problem.draw(ODD[0], spec), spec, page_size, "bfloat16")
-    attend = jax.jit(functools.partial(attention, spec=spec, implementation="mosaic"))
+    attend = jax.jit(functools.partial(attention, spec=spec, sinks=sinks_of(spec), implementation="mosaic"))
     return export.export(attend, **TARGET)(*args).mlir_module().count("custom_call @mosaic_gpu_v2")
 
 
-@pytest.mark.parametrize("page_size", [8, 128, None])
-@pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
-def test_is_exported_for_cuda_from_anywhere(head_dim, page_size):
-    spec = layer(6, 2, head_dim, sliding_window=40, logits_soft_cap=5.0)
-    assert count_kernels(spec, page_size) == 2, "one for short queries and one for long ones"
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "window"),
+    [(64, 8, None), (80, 128, None), (96, None, None), (128, 128, 40), (128, 8, 600), (256, None, 40)],
+)
+def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, window):
+    spec = layer(10, 2, head_dim, sliding_window=window, logits_soft_cap=5.0, sinks=True)
+    # For short queries, to merge them if they are split, and for long ones. Neither the keys of a short
+    # window are split, nor those of a batch that has no more than one unit.
+    assert count_kernels(spec, page_size) == (2 if window == 40 or page_size is None else 3)
 
 
-def test_is_exported_with_64_bit_types_enabled():
+def test_is_exported_with_64_bit_types_enabled(monkeypatch):
+    monkeypatch.setattr(kernel, "MAX_PROGRAMS", 2)
     with jax.enable_x64(True):
-        assert count_kernels(layer(2, 1), 16) == 2
+        assert count_kernels(layer(2, 1), 16) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"dtype": "float32"}, "dtype float32 is not one of bfloat16, float16"),
-        ({"head_dim": 80}, "head_dim=80 is not one of 64, 128, 256"),
+        ({"kv_dtype": "float8_e4m3fn"}, "keys are float8_e4m3fn and queries bfloat16"),
+        ({"head_dim": 72}, "head_dim=72 is not one of 64, 80, 96, 128, 256"),
+        ({"head_dim": 96}, "63 rows of 96 numbers are no multiple of the 64 that a copy brings"),
         ({"group_size": 65}, "65 query heads per key head exceed the 64 rows"),
         ({"page_size": 12}, "page_size=12 is not a multiple of 8"),
         ({"page_size": 24}, "page_size=24 neither divides nor is a multiple"),
@@ -255,15 +367,6 @@ def test_what_the_kernel_cannot_serve_has_a_reason(options, reason):
     possible = {"dtype": "bfloat16", "head_dim": 64, "group_size": 3, "page_size": 16}
     assert kernel.obstacle(**possible) is None
     assert reason in kernel.obstacle(**(possible | options))
-
-
-@pytest.mark.parametrize("name", ["sinks", "return_lse"])
-def test_attention_refuses_what_the_kernel_does_not_have(name):
-    spec = layer(2, 1, sinks=name == "sinks")
-    args = inputs(Problem.draw(ODD[0], spec), spec, 16, "bfloat16")
-    options: dict[str, Any] = {"sinks": jnp.zeros(2)} if name == "sinks" else {"return_lse": True}
-    with pytest.raises(NotImplementedError, match=f"it has no {name} yet; use 'triton'"):
-        attention(*args, spec, implementation="mosaic", **options)
 
 
 def test_attention_refuses_what_the_kernel_cannot_serve():

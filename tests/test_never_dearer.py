@@ -60,6 +60,7 @@ def random_batch(bucket: Bucket, page_size: int | None, rng: np.random.Generator
         "kv_lens": per_row(kv_lens),
         "is_decode": per_row(q_lens == 1),
         "state_slots": np.arange(bucket.seqs, dtype=np.int32),
+        "prefix_lm_lens": np.zeros(bucket.seqs, np.int32),
         "page_indptr": prefix_sums(page_counts),
         "page_list": rng.permutation(bucket.pages).astype(np.int32),
     }

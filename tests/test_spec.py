@@ -28,6 +28,8 @@ def test_is_static():
         ({"head_dim": 0}, "head_dim=0 must be an integer of at least 1"),
         ({"sliding_window": 0}, "sliding_window=0 must be an integer of at least 1"),
         ({"sliding_window": 4, "causal": False}, "sliding_window needs causal=True"),
+        ({"prefix_lm": True, "causal": False}, "prefix_lm needs causal=True, not False"),
+        ({"prefix_lm": True, "sliding_window": 4}, "and sliding_window=None, not 4"),
         ({"scale": float("nan")}, "scale=nan must be finite"),
         ({"logits_soft_cap": float("inf")}, "logits_soft_cap=inf must be positive and finite"),
         ({"logits_soft_cap": 0.0}, "logits_soft_cap=0.0 must be positive"),

@@ -29,6 +29,12 @@ def test_compiling_is_not_timed(monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_compiled_program_is_not_compiled_again(monkeypatch):
+    program = jax.jit(lambda x: x + 1)
+    monkeypatch.setattr(jax, "jit", None)
+    assert timing.measure(program, jnp.ones(3), repeats=1).clock == "host"
+
+
 def test_the_device_clock_where_there_is_a_gpu(monkeypatch):
     profiler = pytest.importorskip("jax.experimental.mosaic.gpu.profiler")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -123,11 +123,14 @@ def forward(
         q = rotate(_project("td,dnh->tnh", h, layer["q"]), rotation)
         k = rotate(_project("td,dkh->tkh", h, layer["k"]), rotation)
         v = _project("td,dkh->tkh", h, layer["v"])
+        k_scale = v_scale = None
         if cache is not None:
             written = write_cache(cache[i], k, v, metadata.slot_mapping)
             new_cache.append(written)
-            k, v = written.k_pages, written.v_pages
-        out = attention(q, k, v, metadata, spec, implementation=implementation)
+            k, v, k_scale, v_scale = written.k_pages, written.v_pages, written.k_scale, written.v_scale
+        out = attention(
+            q, k, v, metadata, spec, k_scale=k_scale, v_scale=v_scale, implementation=implementation
+        )
         x = x + _project("tnh,nhd->td", out, layer["o"])
         h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
         gated = jax.nn.silu(_project("td,df->tf", h, layer["gate"])) * _project("td,df->tf", h, layer["up"])

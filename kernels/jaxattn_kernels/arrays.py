@@ -42,12 +42,14 @@ class TileList(NamedTuple):
         split: How their keys are split, if they are.
         order: `[W]` The tile that comes first, second, ... where they are not split; None for the order
             in which they stand.
+        num_live: `[1]` How many tiles are live, which stand first; None if every tile is to be looked at.
     """
 
     tiles: TileArrays
     block_q: int
     split: SplitArrays | None
     order: jax.Array | None = None
+    num_live: jax.Array | None = None
 
 
 class KeyLookup(NamedTuple):
@@ -60,6 +62,18 @@ class KeyLookup(NamedTuple):
 
     start: jax.Array
     pages: jax.Array | None
+
+
+class KVScales(NamedTuple):
+    """What a stored number of a quantised cache stands for, per key head: the number times its scale.
+
+    Attributes:
+        k: `[K]` float32 Scale of the keys.
+        v: `[K]` float32 Scale of the values.
+    """
+
+    k: jax.Array
+    v: jax.Array
 
 
 class VisibleRange(NamedTuple):

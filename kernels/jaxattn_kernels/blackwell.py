@@ -23,20 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn_kernels.arrays import Attended, KeyLookup, TileArrays, TileList, VisibleRange
-from jaxattn_kernels.mosaic import (
-    DTYPES,
-    FLOOR,
-    HEAD_DIMS,
-    LOG2E,
-    NEG,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    KernelConfig,
-)
+from jaxattn_kernels.mosaic import DTYPES, FLOOR, LOG2E, NEG, TILE_ROWS, KernelConfig
 
 ROWS = 128
 """Rows of a program, each a pair of a token and a query head: the height of a `tcgen05` product, and the
 threads of a warpgroup."""
+TILE_COLUMNS = 64  # of a tile in shared memory: 128 bytes
+HEAD_DIMS = (64, 128, 256)
 # Most query heads per key head, so that the longer of two kinds of tiles, of two tokens at least, fits.
 MAX_GROUP = ROWS // 2
 # Columns of tensor memory that the softmax warpgroup moves at a time, to spare registers.
@@ -67,19 +60,28 @@ def config_for(*, head_dim: int) -> KernelConfig:
 
 
 def obstacle(
-    *, dtype: jax.typing.DTypeLike, head_dim: int, group_size: int, page_size: int | None
+    *,
+    dtype: jax.typing.DTypeLike,
+    head_dim: int,
+    group_size: int,
+    page_size: int | None,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> str | None:
     """Why the kernel cannot serve a layer; None where it can.
 
     Args:
-        dtype: Element type of queries, keys and values.
+        dtype: Element type of queries.
         head_dim: Size of a head.
         group_size: Query heads per key head.
         page_size: Tokens per page, or None for packed keys.
+        kv_dtype: Element type of keys and values; that of queries where None.
     """
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
         return f"dtype {name} is not one of {', '.join(DTYPES)}"
+    kv_name = name if kv_dtype is None else jnp.dtype(kv_dtype).name
+    if kv_name != name:
+        return f"keys are {kv_name} and queries {name}; a product takes both in one type"
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if group_size > MAX_GROUP:
@@ -140,7 +142,7 @@ def ragged_attention(
     """
     (T, N, H), K = q.shape, k.shape[1]
     G = N // K
-    if reason := obstacle(dtype=q.dtype, head_dim=H, group_size=G, page_size=page_size):
+    if reason := obstacle(dtype=q.dtype, kv_dtype=k.dtype, head_dim=H, group_size=G, page_size=page_size):
         raise NotImplementedError(reason)
     if remainder := -k.shape[0] % TILE_ROWS:  # whole tiles are copied
         k, v = (jnp.pad(x, ((0, remainder), (0, 0), (0, 0))) for x in (k, v))

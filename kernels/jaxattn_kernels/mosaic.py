@@ -1,10 +1,11 @@
 """Ragged attention on Pallas's Mosaic GPU backend: Hopper, its copy engine (TMA) and its `wgmma` products.
 
 The same tile lists as for the Triton kernel, and the same rule: the ranges of visible keys are the
-only mask. One program serves one tile and one key head. Its warpgroups have roles: a producer copies
-blocks of keys and values into shared memory, as far ahead as there is room, and each consumer attends
-with 64 rows. A short tile has one consumer. A long one has two that take turns: while one multiplies,
-the other computes its softmax.
+only mask. A program serves a unit, a tile or some of its keys, and one key head. Its warpgroups have
+roles: a producer copies blocks of keys and values into shared memory, as far ahead as there is room, and
+each consumer attends with 64 rows. A short tile has one consumer. A long one has two that take turns:
+while one multiplies, the other computes its softmax. Where the keys of a tile are split among programs,
+a second kernel merges their partial results.
 
 Every call that exists only on the Mosaic GPU backend is made in this file (`plgpu`).
 """
@@ -23,10 +24,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxattn_kernels.arrays import KeyLookup, TileList, VisibleRange
+from jaxattn_kernels.arrays import Attended, KeyLookup, TileList, VisibleRange
 
-# Softmax in base 2: the GPU has exp2, and log2(e) goes into the scale.
+# Softmax in base 2: the GPU has exp2 and log2, and log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
+INT32_MAX = 2**31 - 1
 # The score of a key that is not seen, finite so that no difference of two of them is NaN.
 NEG = -1e30
 # A row's maximum counts as at least this much, so that of a row that sees nothing exp2(NEG - FLOOR) is 0.
@@ -34,10 +36,17 @@ FLOOR = NEG / 2
 
 ROWS = 64
 """Rows of a consumer, each a pair of a token and a query head: the height of a `wgmma` product."""
-# Shared memory for products is tiled and swizzled; 64 numbers of 16 bits are the 128 bytes of a row.
-TILE_ROWS, TILE_COLUMNS = 8, 64
-HEAD_DIMS = (64, 128, 256)
+# Shared memory for products is tiled and swizzled. A tile has as many columns as divide a head.
+TILE_ROWS, TILE_COLUMNS = 8, (64, 32, 16)
+HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
+# A copy that is waited for brings a multiple of 128 bytes, here of 64 numbers.
+COPY_SIZE = 64
+
+MERGED = 32
+"""Partial results that a program of the merge loads at once."""
+MAX_PROGRAMS = 2048
+"""Programs of one launch, at most, as for the Triton kernel: beyond them, each takes several units."""
 
 # A multiprocessor has 65,536 registers; the producer needs few of them, and leaves its own to two consumers.
 PRODUCER_REGISTERS = 40
@@ -72,23 +81,35 @@ def config_for(*, num_consumers: int, head_dim: int) -> KernelConfig:
 
 
 def obstacle(
-    *, dtype: jax.typing.DTypeLike, head_dim: int, group_size: int, page_size: int | None
+    *,
+    dtype: jax.typing.DTypeLike,
+    head_dim: int,
+    group_size: int,
+    page_size: int | None,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> str | None:
     """Why the kernel cannot serve a layer; None where it can.
 
     Args:
-        dtype: Element type of queries, keys and values.
+        dtype: Element type of queries.
         head_dim: Size of a head.
         group_size: Query heads per key head.
         page_size: Tokens per page, or None for packed keys.
+        kv_dtype: Element type of keys and values; that of queries where None.
     """
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
         return f"dtype {name} is not one of {', '.join(DTYPES)}"
+    kv_name = name if kv_dtype is None else jnp.dtype(kv_dtype).name
+    if kv_name != name:
+        return f"keys are {kv_name} and queries {name}; a product takes both in one type"
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if group_size > ROWS:
         return f"a token's {group_size} query heads per key head exceed the {ROWS} rows of a product"
+    rows = tokens_per_consumer(group_size) * group_size
+    if rows * head_dim % COPY_SIZE:
+        return f"{rows} rows of {head_dim} numbers are no multiple of the {COPY_SIZE} that a copy brings"
     if page_size is None:
         return None
     if page_size % TILE_ROWS:
@@ -107,13 +128,14 @@ def ragged_attention(
     lookup: KeyLookup,
     tile_lists: tuple[TileList, ...],
     *,
+    sinks: jax.Array | None = None,
     page_size: int | None,
     scale: float,
     logits_soft_cap: float | None,
     windowed: bool,
     interpret: Any = None,
     config: KernelConfig | None = None,
-) -> jax.Array:
+) -> Attended:
     """Attend with every tile of every list; each row of the output is written by one tile.
 
     Args:
@@ -122,8 +144,10 @@ def ragged_attention(
         v: `[S, K, H]` Values.
         visible: Which keys each token sees.
         lookup: Where a sequence's keys lie.
-        tile_lists: The tiles, unsplit; of at most `tokens_per_consumer` tokens for one consumer, of at
-            most twice as many for two.
+        tile_lists: The tiles; of at most `tokens_per_consumer` tokens for one consumer, of at most
+            twice as many for two. Where their keys are split, it is at multiples of `block_k`.
+        sinks: `[N]` float32 One logit per query head that takes its share of the softmax and has no
+            value; None for none.
         page_size: Tokens per page, or None for packed keys.
         scale: Factor on q·k.
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
@@ -133,24 +157,28 @@ def ragged_attention(
         config: Sizes of the launches; chosen by `config_for` where None.
 
     Returns:
-        `[T, N, H]` Outputs in the dtype of `q`; rows that no tile covers are undefined.
+        `out [T, N, H]` in the dtype of `q`, and `lse [T, N]`, a natural logarithm; 0 and -inf for a
+        token that sees no key. Rows that no tile covers are undefined.
 
     Raises:
         NotImplementedError: If there is an `obstacle`.
     """
-    group_size, head_dim = q.shape[1] // k.shape[1], q.shape[2]
-    if reason := obstacle(dtype=q.dtype, head_dim=head_dim, group_size=group_size, page_size=page_size):
+    (T, N, head_dim), K = q.shape, k.shape[1]
+    group_size = N // K
+    if reason := obstacle(
+        dtype=q.dtype, kv_dtype=k.dtype, head_dim=head_dim, group_size=group_size, page_size=page_size
+    ):
         raise NotImplementedError(reason)
     if remainder := -k.shape[0] % TILE_ROWS:  # whole tiles are copied
         k, v = (jnp.pad(x, ((0, remainder), (0, 0), (0, 0))) for x in (k, v))
-    # All launches write into one buffer. Interpreted, a row that none of them writes is NaN.
-    blank = lax.empty(q.shape, q.dtype) if interpret is None else jnp.full(q.shape, jnp.nan, q.dtype)
-    out_ref = jax.new_ref(blank)
-    for tiles, block_q, _, _ in tile_lists:
+    # All launches write into one buffer.
+    out_ref = jax.new_ref(_blank(q.shape, q.dtype, interpret))
+    lse = jnp.full((T, N), jnp.nan, jnp.float32)
+    for tile_list in tile_lists:
         program = _Program(
             group_size=group_size,
             head_dim=head_dim,
-            num_consumers=pl.cdiv(block_q, tokens_per_consumer(group_size)),
+            num_consumers=pl.cdiv(tile_list.block_q, tokens_per_consumer(group_size)),
             page_size=page_size,
             scale=scale,
             logits_soft_cap=logits_soft_cap,
@@ -159,13 +187,19 @@ def ragged_attention(
             interpreted=interpret is not None,
             config=config,
         )
-        _launch(program, q, k, v, visible, lookup, tiles, out_ref, interpret)
-    return jax.freeze(out_ref)
+        lse_of_rows = _launch(program, q, k, v, visible, lookup, tile_list, sinks, out_ref, interpret)
+        lse = _lse_of_tokens(program, tile_list, lse_of_rows, lse)
+    return Attended(jax.freeze(out_ref), lse)
 
 
 def tokens_per_consumer(group_size: int) -> int:
     """Tokens whose query heads, G for one key head, fill the rows of one consumer."""
     return ROWS // group_size
+
+
+def _blank(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, interpret: Any) -> jax.Array:
+    """Memory for a result. Interpreted, what nobody writes is NaN."""
+    return lax.empty(shape, dtype) if interpret is None else jnp.full(shape, jnp.nan, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +227,11 @@ class _Program:
         return self.config or config_for(num_consumers=self.num_consumers, head_dim=self.head_dim)
 
     @property
+    def tile_columns(self) -> int:
+        """Columns of a tile in shared memory."""
+        return next(columns for columns in TILE_COLUMNS if self.head_dim % columns == 0)
+
+    @property
     def tokens(self) -> int:
         """Tokens per consumer."""
         return tokens_per_consumer(self.group_size)
@@ -201,8 +240,8 @@ class _Program:
     def rows_shape(self) -> tuple[int, ...]:
         """Of a consumer's plain rows; the simulator cannot view them as tokens, and is given tokens."""
         if self.interpreted:
-            return pl.cdiv(ROWS, self.group_size), self.group_size, self.head_dim
-        return ROWS, self.head_dim
+            return pl.cdiv(ROWS, self.group_size), self.group_size
+        return (ROWS,)
 
     @property
     def copy_rows(self) -> int:
@@ -215,21 +254,25 @@ class _Program:
         return self.sizes.block_k // self.copy_rows
 
 
-class _Tile(NamedTuple):
-    """What a program has to know of its tile. Keys are numbered as the program reads them.
+class _Unit(NamedTuple):
+    """A tile and all its keys, or some of them. Keys are numbered as the program reads them.
 
     Attributes:
+        tile: The tile.
+        is_whole: Whether the unit has all its keys.
         q_start: First token.
-        q_len: Tokens; 0 for a dead tile.
+        q_len: Tokens; 0 for a dead unit.
         key_base: The sequence's first entry in the page list, or, unpaged, the row of key 0.
-        kv_start: First key that any row sees.
-        kv_end: One past the last.
+        kv_start: First key of the unit.
+        kv_end: One past its last.
         begin: First block of keys.
         num_blocks: Blocks of keys.
         all_begin: First block that every row sees whole, as it does those up to `all_end`.
         all_end: One past the last such block.
     """
 
+    tile: jax.Array
+    is_whole: jax.Array
     q_start: jax.Array
     q_len: jax.Array
     key_base: jax.Array
@@ -241,6 +284,38 @@ class _Tile(NamedTuple):
     all_end: jax.Array
 
 
+class _Arguments(NamedTuple):
+    """Arrays in the GPU's memory that a program reads and writes; in the kernel, references to them.
+
+    Attributes:
+        plan: `[U, fields of _Unit]` The units, in the order in which programs take them.
+        row_start: `[W, consumers, ROWS]` First key that each row of a tile sees; None where it is key 0.
+        row_end: `[W, consumers, ROWS]` One past the last; a dead row sees none.
+        sinks: `[K + 1, ROWS]` The sink of each row in base 2, and one that counts for nothing; or None.
+        pages: `[P]` Page list, or None.
+        q: `[T, N, H]` Queries.
+        k: `[S, K, H]` Keys.
+        v: `[S, K, H]` Values.
+        out: `[T, N, H]` Outputs.
+        lse: `[W, consumers, K, ROWS]` Log-sum-exp of each row. Outputs leave by the copy engine, which
+            takes no less than 16 bytes; so these stay with the rows, and are sorted by token beside
+            the kernel, where somebody reads them.
+        partial: The results of units that are not whole, or None where no tile is split.
+    """
+
+    plan: Any
+    row_start: Any
+    row_end: Any
+    sinks: Any
+    pages: Any
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    partial: Any
+
+
 class _Smem(NamedTuple):
     """Shared memory of a program.
 
@@ -249,7 +324,9 @@ class _Smem(NamedTuple):
     therefore arrive, and outputs leave, in plain rows.
     """
 
-    rows_or_q: Any  # two references to one memory: [consumers, ROWS, H], plain and tiled
+    # References to one memory: [consumers, ROWS, H] plain and tiled, and, of partial results in float32,
+    # [consumers, ROWS, H / 2] plain.
+    rows_or_q: Any
     k: Any  # [num_stages, block_k, H], tiled
     v: Any  # [num_stages, block_k, H], tiled
 
@@ -265,24 +342,110 @@ class _Barriers(NamedTuple):
     turn: Any  # two consumers change places at the tensor cores; None for one
 
 
-def _launch(program: _Program, q, k, v, visible, lookup, tiles, out_ref, interpret) -> None:
-    """Run one list of tiles; writes into `out_ref`."""
-    sizes, consumers, H = program.sizes, program.num_consumers, program.head_dim
-    plan, row_start, row_end = _plan(program, visible, lookup, tiles)
-    inputs = [plan, row_end]
-    inputs += [row_start] if program.masks_start else []
-    inputs += [lookup.pages] if lookup.pages is not None else []
+def _launch(
+    program: _Program, q, k, v, visible, lookup, tile_list: TileList, sinks, out_ref, interpret
+) -> jax.Array:
+    """Run one list of tiles: write into `out_ref`, and return the log-sum-exp of the rows."""
+    consumers, H, K = program.num_consumers, program.head_dim, k.shape[1]
+    plan, row_start, row_end = _plan(program, visible, lookup, tile_list)
+    num_units, num_tiles = plan.shape[0], row_end.shape[0]
 
-    tiled = (
-        plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    def blank(*shape: int) -> Any:
+        return jax.new_ref(_blank(shape, jnp.float32, interpret))
+
+    partial = None
+    if tile_list.split is not None:
+        room = max(num_units, MERGED)
+        partial = Attended(
+            out=blank(room, consumers * program.tokens, q.shape[1], H), lse=blank(room, consumers, K, ROWS)
+        )
+    arguments = _Arguments(
+        plan=plan,
+        row_start=row_start if program.masks_start else None,
+        row_end=row_end,
+        sinks=None if sinks is None else _sinks_of_rows(program, sinks),
+        pages=lookup.pages,
+        q=q,
+        k=k,
+        v=v,
+        out=out_ref,
+        lse=blank(num_tiles, consumers, K, ROWS),
+        partial=partial,
     )
-    blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), q.dtype, transforms=tiled)
+    _run(
+        functools.partial(_kernel, program),
+        arguments,
+        grid=(min(num_units, max(1, MAX_PROGRAMS // K)), K),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        scratch_types=_scratch(program, q.dtype, is_split=partial is not None),
+        interpret=interpret,
+    )
+    if tile_list.split is not None:
+        N = q.shape[1]
+        merged = _MergeArguments(
+            q_start=tile_list.tiles.q_start,
+            q_len=tile_list.tiles.q_len,
+            indptr=tile_list.split.indptr,
+            sinks=None if sinks is None else sinks.astype(jnp.float32) * LOG2E,
+            partial=partial,
+            out=out_ref,
+            lse=arguments.lse,
+        )
+        _run(
+            functools.partial(_merge, program),
+            merged,
+            grid=(min(num_tiles, max(1, MAX_PROGRAMS // N)), N),
+            interpret=interpret,
+        )
+    return jax.freeze(arguments.lse)
+
+
+def _run(body: Callable[..., None], arguments: Any, **options) -> None:
+    """Launch a kernel; its body gets the arguments as references, and then what is allocated for it."""
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def kernel(*refs) -> None:
+        body(structure.unflatten(refs[: len(leaves)]), *refs[len(leaves) :])
+
+    plgpu.kernel(
+        kernel,
+        grid_names=("unit", "head"),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        **options,
+    )(*leaves)
+
+
+def _for_each(num_units: int, act: Callable[[Any], None]) -> None:
+    """Do this program's share of the units."""
+    first, stride = lax.axis_index("unit"), lax.axis_size("unit")
+    if stride == num_units:
+        act(first)
+        return
+
+    @pl.loop(0, pl.cdiv(num_units, stride))
+    def _(i):
+        unit = first + i * stride
+        pl.when(unit < num_units)(lambda: act(unit))
+
+
+def _scratch(program: _Program, dtype, *, is_split: bool) -> tuple[_Smem, _Barriers]:
+    """Shared memory and barriers of a program."""
+    sizes, consumers, H = program.sizes, program.num_consumers, program.head_dim
+    tiled = (
+        plgpu.TilingTransform((TILE_ROWS, program.tile_columns)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(2 * program.tile_columns),  # pyright: ignore[reportAbstractUsage]
+    )
+    blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), dtype, transforms=tiled)
     # Each consumer has its own part of both. The simulator sees a union as one piece, hence races in it.
     rows_or_q = (
-        plgpu.SMEM((consumers, *program.rows_shape), q.dtype),
-        plgpu.SMEM((consumers, ROWS, H), q.dtype, transforms=tiled),
+        plgpu.SMEM((consumers, *program.rows_shape, H), dtype),
+        plgpu.SMEM((consumers, ROWS, H), dtype, transforms=tiled),
     )
+    if is_split:
+        rows_or_q += (plgpu.SMEM((consumers, *program.rows_shape, H // 2), jnp.float32),)
     smem = _Smem(
         rows_or_q=rows_or_q if program.interpreted else plgpu.RefUnion(*rows_or_q),
         k=blocks,
@@ -298,28 +461,16 @@ def _launch(program: _Program, q, k, v, visible, lookup, tiles, out_ref, interpr
         v_free=released,
         turn=plgpu.Barrier(num_arrivals=2) if consumers == 2 else None,
     )
-    plgpu.kernel(
-        functools.partial(_kernel, program),
-        grid=(tiles.seq.shape[0], k.shape[1]),
-        grid_names=("tile", "head"),
-        num_threads=consumers + 1,
-        thread_name="warpgroup",
-        scratch_types=(smem, barriers),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        interpret=interpret,
-    )(*inputs, q, k, v, out_ref)
+    return smem, barriers
 
 
-def _plan(program: _Program, visible, lookup, tiles):
-    """Gather each tile's part of the metadata: `[W, fields of _Tile]`, and twice `[W, consumers, ROWS]`.
+def _plan(program: _Program, visible, lookup, tile_list: TileList):
+    """Gather what programs read of the metadata, of each unit and of each tile's rows.
 
     Returns:
-        The tiles, and the first and one past the last key that each of their rows sees; a dead row
-        sees none.
+        `plan`, `row_start` and `row_end`: see `_Arguments`.
     """
-    block_k, G = program.sizes.block_k, program.group_size
+    block_k, G, tiles = program.sizes.block_k, program.group_size, tile_list.tiles
 
     def per_row(tile_values):
         return tile_values[:, None, None]
@@ -331,55 +482,94 @@ def _plan(program: _Program, visible, lookup, tiles):
     place = per_row(tiles.q_start) + token
     row_start = jnp.where(live, visible.start.at[place].get(mode="clip"), 0)
     row_end = jnp.where(live, visible.end.at[place].get(mode="clip"), 0)
-    first, end, key_base = tiles.kv_start, tiles.kv_end, lookup.start[tiles.seq]
+    num_tiles, split = tiles.seq.shape[0], tile_list.split
+    tile = jnp.arange(num_tiles, dtype=jnp.int32) if tile_list.order is None else tile_list.order
+    in_order = split is None and tile_list.order is None
+    if split is not None:
+        tile = jnp.minimum(split.tile, num_tiles - 1)
+
+    def of_unit(of_tile):
+        return of_tile if in_order else of_tile[tile]
+
+    q_len, first, end, is_whole = of_unit(tiles.q_len), of_unit(tiles.kv_start), of_unit(tiles.kv_end), True
+    if split is not None:
+        q_len, is_whole = jnp.where(split.tile < num_tiles, q_len, 0), of_unit(jnp.diff(split.indptr)) == 1
+        first, end = split.kv_start, split.kv_end
+    key_base = of_unit(lookup.start[tiles.seq])
     if program.page_size is None:
         # Key 0 of what the program reads lies at a multiple of eight.
         shift = key_base % TILE_ROWS
         first, end, key_base = first + shift, end + shift, key_base - shift
-        row_start += jnp.where(live, per_row(shift), 0)
-        row_end += jnp.where(live, per_row(shift), 0)
+        shift = jnp.where(live, per_row(lookup.start[tiles.seq] % TILE_ROWS), 0)
+        row_start, row_end = row_start + shift, row_end + shift
     begin = first // block_k
     stop = jnp.where(end > first, (end + (block_k - 1)) // block_k, begin)
-    least_end = jnp.where(live, row_end, per_row(end)).min(axis=(1, 2))
-    plan = _Tile(
-        q_start=tiles.q_start,
-        q_len=tiles.q_len,
+    all_begin = jnp.maximum(of_unit(row_start.max(axis=(1, 2))), first)
+    all_end = jnp.minimum(of_unit(jnp.where(live, row_end, INT32_MAX).min(axis=(1, 2))), end)
+    plan = _Unit(
+        tile=tile,
+        is_whole=jnp.broadcast_to(is_whole, tile.shape).astype(jnp.int32),
+        q_start=of_unit(tiles.q_start),
+        q_len=q_len,
         key_base=key_base,
         kv_start=first,
         kv_end=end,
         begin=begin,
         num_blocks=stop - begin,
-        all_begin=(row_start.max(axis=(1, 2)) + (block_k - 1)) // block_k,
-        all_end=least_end // block_k,
+        all_begin=(all_begin + (block_k - 1)) // block_k,
+        all_end=all_end // block_k,
     )
     return jnp.stack(plan, axis=1), row_start, row_end
 
 
-def _kernel(program: _Program, plan_ref, row_end_ref, *refs) -> None:
-    """Unpack the references, in the order of `_launch`, and give the warpgroups their roles."""
-    row_start_ref, refs = (refs[0], refs[1:]) if program.masks_start else (None, refs)
-    pages_ref, refs = (refs[0], refs[1:]) if program.page_size is not None else (None, refs)
-    q_ref, k_ref, v_ref, o_ref, smem, barriers = refs
+def _sinks_of_rows(program: _Program, sinks: jax.Array) -> jax.Array:
+    """`[K + 1, ROWS]` The sink of each row of a consumer, in base 2; at last one that counts for nothing."""
+    head = jnp.arange(ROWS, dtype=jnp.int32) % program.group_size
+    sinks = sinks.astype(jnp.float32).reshape(-1, program.group_size)[:, head] * LOG2E
+    return jnp.pad(sinks, ((0, 1), (0, 0)), constant_values=NEG)
 
-    w, head, warpgroup = lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index("warpgroup")
 
-    @pl.when(plan_ref[w, _Tile._fields.index("q_len")] > 0)
+def _lse_of_tokens(program: _Program, tile_list: TileList, lse_of_rows, lse: jax.Array) -> jax.Array:
+    """`[T, N]` The log-sum-exp of the tokens of a list; that of other tokens is left as it is."""
+    tiles, (_, consumers, K, _), (T, N) = tile_list.tiles, lse_of_rows.shape, lse.shape
+    token = jnp.arange(consumers * program.tokens, dtype=jnp.int32)[None, :]
+    place = jnp.where(token < tiles.q_len[:, None], tiles.q_start[:, None] + token, T)
+    consumer = jnp.arange(tiles.seq.shape[0], dtype=jnp.int32)[:, None] * consumers + token // program.tokens
+    first_row = consumer * (K * ROWS) + token % program.tokens * program.group_size
+    # The same for all layers of a step: the compiler keeps one, and none where nobody reads the result.
+    first_row = jnp.full((T,), -1, jnp.int32).at[place].set(first_row, mode="drop")[:, None]
+    head = jnp.arange(N, dtype=jnp.int32)
+    row = first_row + (head // program.group_size * ROWS + head % program.group_size)[None, :]
+    return jnp.where(first_row >= 0, lse_of_rows.reshape(-1).at[row].get(mode="clip"), lse)
+
+
+def _kernel(program: _Program, refs: _Arguments, smem: _Smem, barriers: _Barriers) -> None:
+    """Give the warpgroups their roles."""
+    head, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
+    consumers = program.num_consumers
+
+    def play(role: Callable[[jax.Array, _Unit], None]) -> None:
+        @functools.partial(_for_each, refs.plan.shape[0])
+        def _(u):
+            @pl.when(refs.plan[u, _Unit._fields.index("q_len")] > 0)
+            def _():
+                role(u, _Unit(*(refs.plan[u, i] for i in range(len(_Unit._fields)))))
+
+    @pl.when(warpgroup < consumers)
     def _():
-        tile = _Tile(*(plan_ref[w, i] for i in range(len(_Tile._fields))))
+        if consumers == 2:
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        play(lambda u, unit: _consume(program, u, unit, head, warpgroup, refs, smem, barriers))
 
-        @pl.when(warpgroup < program.num_consumers)
-        def _():
-            row_start = None if row_start_ref is None else _row_numbers(row_start_ref.at[w, warpgroup])
-            row_end = _row_numbers(row_end_ref.at[w, warpgroup])
-            _consume(program, tile, head, warpgroup, row_start, row_end, q_ref, o_ref, smem, barriers)
-
-        @pl.when(warpgroup == program.num_consumers)
-        def _():
-            _produce(program, tile, head, pages_ref, k_ref, v_ref, smem, barriers)
+    @pl.when(warpgroup == consumers)
+    def _():
+        if consumers == 2:
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        play(lambda u, unit: _produce(program, unit, head, refs, smem, barriers))
 
 
 def _produce(
-    program: _Program, tile: _Tile, head, pages_ref, k_ref, v_ref, smem: _Smem, barriers: _Barriers
+    program: _Program, unit: _Unit, head, refs: _Arguments, smem: _Smem, barriers: _Barriers
 ) -> None:
     """Copy the tile's blocks of keys and values, each as soon as its place is free.
 
@@ -387,24 +577,22 @@ def _produce(
     """
     sizes, copy_rows, page_size = program.sizes, program.copy_rows, program.page_size
     block_k, num_stages = sizes.block_k, sizes.num_stages
-    if program.num_consumers == 2:
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
     def source_row(key):
         """Where `copy_rows` keys lie on the key axis, the first of them given."""
         if page_size is None:
-            return tile.key_base + key
-        page = jnp.clip(key // page_size, tile.kv_start // page_size, (tile.kv_end - 1) // page_size)
-        return pages_ref[tile.key_base + page] * page_size + key % page_size
+            return unit.key_base + key
+        page = jnp.clip(key // page_size, unit.kv_start // page_size, (unit.kv_end - 1) // page_size)
+        return refs.pages[unit.key_base + page] * page_size + key % page_size
 
-    @pl.loop(0, tile.num_blocks)
+    @pl.loop(0, unit.num_blocks)
     def _(i):
         stage = lax.rem(i, jnp.int32(num_stages))
-        first = (tile.begin + i) * block_k
+        first = (unit.begin + i) * block_k
         sources = [source_row(first + n * copy_rows) for n in range(program.copies)]
         for ref, place, ready, free in (
-            (k_ref, smem.k, barriers.k_ready, barriers.k_free),
-            (v_ref, smem.v, barriers.v_ready, barriers.v_free),
+            (refs.k, smem.k, barriers.k_ready, barriers.k_free),
+            (refs.v, smem.v, barriers.v_ready, barriers.v_free),
         ):
 
             @pl.when(i >= num_stages)
@@ -419,7 +607,7 @@ def _produce(
                 )
 
     # The program ends when nobody arrives at a barrier any more.
-    @pl.loop(jnp.maximum(tile.num_blocks - num_stages, 0), tile.num_blocks)
+    @pl.loop(jnp.maximum(unit.num_blocks - num_stages, 0), unit.num_blocks)
     def _(i):
         stage = lax.rem(i, jnp.int32(num_stages))
         plgpu.barrier_wait(barriers.k_free.at[stage])
@@ -427,42 +615,35 @@ def _produce(
 
 
 def _consume(
-    program: _Program,
-    tile: _Tile,
-    head,
-    me,
-    row_start,
-    row_end,
-    q_ref,
-    o_ref,
-    smem: _Smem,
-    barriers: _Barriers,
+    program: _Program, u, unit: _Unit, head, me, refs: _Arguments, smem: _Smem, barriers: _Barriers
 ) -> None:
-    """Online softmax of the rows of one consumer over the tile's keys.
+    """Online softmax of the rows of one consumer over the unit's keys.
 
     Row r is token `r // G` of the consumer and query head `head * G + r % G`.
 
     Args:
         program: What is static.
-        tile: The tile.
+        u: Number of the unit.
+        unit: The unit.
         head: The key head.
         me: Number of the consumer.
-        row_start: `[ROWS]` First visible key of each row, or None where it is key 0.
-        row_end: `[ROWS]` One past the last.
-        q_ref: `[T, N, H]` Queries.
-        o_ref: `[T, N, H]` Outputs.
+        refs: Arguments.
         smem: Shared memory.
         barriers: Barriers.
     """
     sizes, H = program.sizes, program.head_dim
     block_k = sizes.block_k
-    if program.num_consumers == 2:
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
     first_token, heads = me * program.tokens, pl.ds(head * program.group_size, program.group_size)
-    rows, q_smem = (ref.at[me] for ref in smem.rows_or_q)
+    rows, q_smem, *partial_rows = (ref.at[me] for ref in smem.rows_or_q)
+    # `[ROWS]` First visible key of each row, and one past the last.
+    row_start = None if refs.row_start is None else _row_numbers(refs.row_start.at[unit.tile, me])
+    row_end = _row_numbers(refs.row_end.at[unit.tile, me])
+    if refs.partial is not None and program.page_size is None:  # units of packed keys may share a block
+        assert row_start is not None
+        row_start, row_end = jnp.maximum(row_start, unit.kv_start), jnp.minimum(row_end, unit.kv_end)
 
     plgpu.copy_gmem_to_smem(
-        q_ref.at[pl.ds(tile.q_start + first_token, program.tokens), heads],
+        refs.q.at[pl.ds(unit.q_start + first_token, program.tokens), heads],
         _token_rows(program, rows, 0, program.tokens),
         barriers.q_ready.at[me],
     )
@@ -484,12 +665,12 @@ def _consume(
 
     def attend_block(i, state):
         acc, row_max, total = state
-        stage, j = lax.rem(i, jnp.int32(sizes.num_stages)), tile.begin + i
+        stage, j = lax.rem(i, jnp.int32(sizes.num_stages)), unit.begin + i
         plgpu.barrier_wait(barriers.k_ready.at[stage])
         s = _scores(program, q_smem, smem.k.at[stage], while_running=take_turns)
         plgpu.barrier_arrive(barriers.k_free.at[stage])
         s = _logits(program, s)
-        sees_all = (tile.all_begin <= j) & (j < tile.all_end)
+        sees_all = (unit.all_begin <= j) & (j < unit.all_end)
         s = lax.cond(sees_all, lambda s: s, lambda s: mask(s, j * block_k), s)
         new_max = jnp.maximum(row_max, s.max(axis=1))
         rescale = jnp.exp2(row_max - new_max)
@@ -500,10 +681,10 @@ def _consume(
         if program.num_consumers == 2:
             plgpu.barrier_arrive(barriers.turn)
         plgpu.barrier_wait(barriers.v_ready.at[stage])
-        _clear_strangers(program, tile, me, smem.v.at[stage], j)
+        _clear_strangers(program, unit, me, smem.v.at[stage], j)
         if program.num_consumers == 2:
             plgpu.barrier_wait(barriers.turn)
-        acc = _add_values(program, acc, p.astype(q_ref.dtype), smem.v.at[stage])
+        acc = _add_values(program, acc, p.astype(refs.q.dtype), smem.v.at[stage])
         plgpu.barrier_arrive(barriers.v_free.at[stage])
         return acc, new_max, total
 
@@ -515,27 +696,149 @@ def _consume(
     )
     # The second consumer begins when the first has issued its first product.
     pl.when(me == 1)(take_turns)
-    acc, _, total = lax.fori_loop(0, tile.num_blocks, attend_block, state)
+    acc, row_max, total = lax.fori_loop(0, unit.num_blocks, attend_block, state)
     pl.when(me == 0)(take_turns)
 
-    out = acc * _across(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
-    _store_rows(program, rows, out.astype(o_ref.dtype))
+    rescale = 1.0
+    if refs.sinks is not None:  # a tile has its sink once: where it is split, the merge adds it
+        num_kv_heads = refs.sinks.shape[0] - 1
+        sink = _row_numbers(refs.sinks.at[jnp.where(unit.is_whole == 1, head, num_kv_heads)])
+        rescale, row_max, total = _add_sink(row_max, total, sink)
+    out = acc * _across(rescale / jnp.where(total > 0, total, 1.0), acc.shape)
+    lse = jnp.where(total > 0, row_max + jnp.log2(total), -jnp.inf)
+    num_tokens = jnp.clip(unit.q_len - first_token, 0, program.tokens)
+
+    @pl.when(unit.is_whole == 1)
+    def _():
+        _store(refs.lse.at[unit.tile, me, head], lse / LOG2E)
+        _store_rows(program, rows, out.astype(refs.out.dtype))
+        begin = unit.q_start + first_token
+        _copy_tokens(program, rows, num_tokens, lambda i, n: refs.out.at[pl.ds(begin + i, n), heads])
+
+    if refs.partial is None:
+        return
+
+    @pl.when(unit.is_whole == 0)
+    def _():
+        (place,), partial = partial_rows, refs.partial.out
+        _store(refs.partial.lse.at[u, me, head], lse)
+        for half in (0, H // 2):  # numbers of 32 bits in the memory of as many of 16
+            _store_rows(program, place, out[:, half : half + H // 2])
+            columns = pl.ds(half, H // 2)
+            _copy_tokens(
+                program, place, num_tokens,
+                lambda i, n, columns=columns: partial.at[u, pl.ds(first_token + i, n), heads, columns],
+            )  # fmt: skip
+
+
+def _copy_tokens(program: _Program, rows, num_tokens, destination: Callable) -> None:
+    """Copy the first tokens of a consumer's plain rows to `destination(first, number)`."""
     plgpu.commit_smem()
     # A copy has a fixed size: as many tokens as there are, in powers of two.
-    num_tokens = jnp.clip(tile.q_len - first_token, 0, program.tokens)
     done = 0
     for size in (1 << bit for bit in reversed(range(program.tokens.bit_length()))):
         here = num_tokens & size
 
         @pl.when(here != 0)
         def _(done=done, size=size):
-            plgpu.copy_smem_to_gmem(
-                _token_rows(program, rows, done, size),
-                o_ref.at[pl.ds(tile.q_start + first_token + done, size), heads],
-            )
+            plgpu.copy_smem_to_gmem(_token_rows(program, rows, done, size), destination(done, size))
 
         done += here
     plgpu.wait_smem_to_gmem(0)
+
+
+def _add_sink(row_max: jax.Array, total: jax.Array, sink: jax.Array) -> tuple[jax.Array, ...]:
+    """Add to a softmax a key whose value is 0. What has seen no key has no sink.
+
+    Args:
+        row_max: Largest logit, in base 2.
+        total: Sum of weights; 0 where no key was seen.
+        sink: Logit of the sink, in base 2.
+
+    Returns:
+        The factor on sums of weights, the new maximum and the new total.
+    """
+    new_max = jnp.maximum(row_max, sink)
+    rescale = jnp.exp2(row_max - new_max)
+    return rescale, new_max, jnp.where(total > 0, total * rescale + jnp.exp2(sink - new_max), total)
+
+
+class _MergeArguments(NamedTuple):
+    """Arrays in the GPU's memory that a program of the merge reads and writes.
+
+    Attributes:
+        q_start: `[W]` First token of each tile.
+        q_len: `[W]` Its tokens.
+        indptr: `[W + 1]` Prefix sums of its units.
+        sinks: `[N]` Sinks in base 2, or None.
+        partial: `out [units, tokens, N, H]` and, in base 2, `lse [units, consumers, K, ROWS]`.
+        out: `[T, N, H]` Outputs.
+        lse: `[W, consumers, K, ROWS]` Log-sum-exp of each row.
+    """
+
+    q_start: Any
+    q_len: Any
+    indptr: Any
+    sinks: Any
+    partial: Any
+    out: Any
+    lse: Any
+
+
+def _merge(program: _Program, refs: _MergeArguments) -> None:
+    """One query head of a tile whose keys were split: the partial results of its units, a row each.
+
+    A unit has few rows and a tile may have hundreds of units: so here they stand one under the other, and
+    many are loaded at once.
+    """
+    G, H, head = program.group_size, program.head_dim, lax.axis_index("head")
+    room = refs.partial.out.shape[0]
+    # A warp has a quarter of a tile's columns, and all of its rows: so sums of rows stay in it. A thread has
+    # neighbouring numbers, four of them where heads are of 64.
+    quarter = program.tile_columns // 4
+    tiling = plgpu.Tiling(((8, 4 * quarter), (8, quarter), (quarter // 4,)))
+    layout = plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+
+    def merge_token(w, token):
+        me, row = token // program.tokens, token % program.tokens * G + head % G
+        first, end = refs.indptr[w], refs.indptr[w + 1]
+
+        def add_units(i, state):
+            acc, top, total = state
+            begin = first + i * MERGED
+            place = jnp.minimum(begin, room - MERGED)
+
+            def mine(shape, layout):
+                unit = place + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+                return (begin <= unit) & (unit < end)
+
+            units, of_unit = pl.ds(place, MERGED), layout.reduce(1)
+            lse_ref, out_ref = refs.partial.lse, refs.partial.out
+            lse = plgpu.load(lse_ref.at[units, me, head // G, row], layout=of_unit, optimized=False)
+            out = plgpu.load(out_ref.at[units, token, head], layout=layout, optimized=False)
+            lse = jnp.where(mine((MERGED,), of_unit), lse, -jnp.inf)
+            out = jnp.where(mine((MERGED, H), layout), out, 0.0)  # what nobody wrote may be NaN
+            new_top = jnp.maximum(top, lse.max())
+            weight, rescale = jnp.exp2(lse - new_top), jnp.exp2(top - new_top)
+            weights = plgpu.layout_cast(_across(weight, (MERGED, H)), layout)
+            acc = acc * rescale + (out * weights).sum(axis=0)
+            return acc, new_top, total * rescale + weight.sum()
+
+        acc = plgpu.layout_cast(jnp.zeros((H,), jnp.float32), layout.reduce(0))
+        state = acc, jnp.float32(NEG), jnp.float32(0)
+        acc, top, total = lax.fori_loop(0, (end - first + (MERGED - 1)) // MERGED, add_units, state)
+        rescale = 1.0
+        if refs.sinks is not None:
+            rescale, top, total = _add_sink(top, total, refs.sinks[head])
+        out = acc * (rescale / jnp.where(total > 0, total, 1.0))
+        _store(refs.out.at[refs.q_start[w] + token, head], out.astype(refs.out.dtype))
+        refs.lse[w, me, head // G, row] = jnp.where(total > 0, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+
+    @functools.partial(_for_each, refs.q_len.shape[0])
+    def _(w):
+        @pl.when(refs.indptr[w + 1] - refs.indptr[w] > 1)
+        def _():
+            pl.loop(0, refs.q_len[w])(lambda token: merge_token(w, token))
 
 
 def _row_numbers(ref) -> jax.Array:
@@ -585,24 +888,24 @@ def _simulated_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _clear_strangers(program: _Program, tile: _Tile, me, v_smem, j) -> None:
+def _clear_strangers(program: _Program, unit: _Unit, me, v_smem, j) -> None:
     """Zero the values of block j that belong to no key of the tile.
 
     Their weights are zero, but what lies there may be NaN, and 0 * NaN is NaN. The first consumer does
     it for both: the second is half a step behind, and multiplies when the first has given up its turn.
     """
     block_k, first_key = program.sizes.block_k, j * program.sizes.block_k
-    has_strangers = (first_key < tile.kv_start) | (tile.kv_end < first_key + block_k)
+    has_strangers = (first_key < unit.kv_start) | (unit.kv_end < first_key + block_k)
 
     @pl.when(has_strangers & (me == 0))
     def _():
         for row in range(0, block_k, ROWS):
-            for column in range(0, program.head_dim, TILE_COLUMNS):
-                part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, TILE_COLUMNS)]
+            for column in range(0, program.head_dim, program.tile_columns):
+                part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, program.tile_columns)]
                 values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
                 key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
                 key += first_key + row
-                own = (tile.kv_start <= key) & (key < tile.kv_end)
+                own = (unit.kv_start <= key) & (key < unit.kv_end)
                 part[...] = jnp.where(own, values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
@@ -612,7 +915,7 @@ def _token_rows(program: _Program, rows, first, num_tokens: int):
     if program.interpreted:
         return rows.at[pl.ds(first, num_tokens)]
     G = program.group_size
-    return rows.at[pl.ds(first * G, num_tokens * G)].reshape(num_tokens, G, program.head_dim)
+    return rows.at[pl.ds(first * G, num_tokens * G)].reshape(num_tokens, G, rows.shape[-1])
 
 
 def _load_rows(program: _Program, rows) -> jax.Array:
@@ -625,9 +928,15 @@ def _load_rows(program: _Program, rows) -> jax.Array:
 def _store_rows(program: _Program, rows, values: jax.Array) -> None:
     """Write `[ROWS, H]` to a consumer's plain rows."""
     if program.interpreted:
-        excess = math.prod(program.rows_shape[:2]) - ROWS
-        rows[...] = jnp.pad(values, ((0, excess), (0, 0))).reshape(program.rows_shape)
-    elif hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses a store whose banks collide
-        plgpu.store(rows, values, optimized=False)
+        excess = math.prod(program.rows_shape) - ROWS
+        rows[...] = jnp.pad(values, ((0, excess), (0, 0))).reshape(rows.shape)
     else:
-        rows[...] = values
+        _store(rows, values)
+
+
+def _store(ref, values: jax.Array) -> None:
+    """Write, also where threads do not write neighbouring numbers, or not to different banks."""
+    if hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses it
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values

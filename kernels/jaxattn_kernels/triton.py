@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +21,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn_kernels.arrays import Attended, KeyLookup, TileList, VisibleRange
+from jaxattn_kernels.arrays import (
+    Attended,
+    KeyLookup,
+    KVScales,
+    SplitArrays,
+    TileArrays,
+    TileList,
+    VisibleRange,
+)
 
 # Softmax in base 2: the GPU has exp2, and log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
@@ -32,9 +39,10 @@ NEG = -1e30
 MIN_DOT = 16
 MAX_HEAD_DIM = 256
 """The largest head that the kernel serves."""
-MAX_PROGRAMS = 2048
-"""Programs of one launch, at most: several waves on every GPU. Where a list has room for more units,
-each program takes every 2,048th, so that room which a batch leaves empty costs little."""
+MAX_PROGRAMS = 512
+"""Programs of one launch, at most: what the largest GPUs run at once, three or four on each multiprocessor.
+Where a list has room for more units, each program takes every 512th of those that are live, so that room
+which a batch leaves empty costs nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +63,13 @@ class KernelConfig:
     max_rows: int = 128
 
 
-def config_for(*, block_rows: int, head_dim: int, itemsize: int) -> KernelConfig:
+def config_for(*, block_rows: int, head_dim: int, itemsize: int, quantized: bool = False) -> KernelConfig:
     """The sizes that compile without spilling registers on sm_80 to sm_120 (tests/compile).
 
     16-bit operands: the accumulator decides, a row of it per query row, since it stays in registers
     through all loops. Twice the accumulator leaves room for half the keys; four times needs twice
-    the threads. Loads run one step ahead of the products.
+    the threads. Loads run one step ahead of the products. Keys of one byte are widened in registers, and
+    leave room for half as many.
 
     32-bit operands: the product in full float32 runs outside the tensor cores, and holds whole rows
     of both operands in registers; so few rows, few keys, many threads, and no load ahead.
@@ -68,16 +77,15 @@ def config_for(*, block_rows: int, head_dim: int, itemsize: int) -> KernelConfig
     Args:
         block_rows: Rows of the query tile.
         head_dim: Size of a head.
-        itemsize: Bytes per element of keys and values.
+        itemsize: Bytes per element of the queries.
+        quantized: Whether keys and values have one byte per element.
     """
     if itemsize > 2:
         return KernelConfig(block_k=16, num_warps=8, num_stages=1, max_rows=32)
     accumulator = block_rows * _block(head_dim)
-    return KernelConfig(
-        block_k=64 if accumulator <= 64 * 64 else 32,
-        num_warps=4 if accumulator <= 64 * 128 else 8,
-        num_stages=2,
-    )
+    is_small, is_large = accumulator <= 64 * 64, accumulator > 64 * 128
+    block_k = (16 if is_large else 32) if quantized else (64 if is_small else 32)
+    return KernelConfig(block_k=block_k, num_warps=8 if is_large else 4, num_stages=2)
 
 
 def ragged_attention(
@@ -89,6 +97,7 @@ def ragged_attention(
     tile_lists: tuple[TileList, ...],
     *,
     sinks: jax.Array | None = None,
+    kv_scales: KVScales | None = None,
     page_size: int | None,
     scale: float,
     logits_soft_cap: float | None,
@@ -100,13 +109,15 @@ def ragged_attention(
 
     Args:
         q: `[T, N, H]` Queries, packed.
-        k: `[S, K, H]` Keys on one flat axis, packed or pages one after the other.
-        v: `[S, K, H]` Values.
+        k: `[S, K, H]` Keys on one flat axis, packed or pages one after the other; in the dtype of `q`, or
+            quantised, in one byte.
+        v: `[S, K, H]` Values, like the keys.
         visible: Which keys each token sees.
         lookup: Where a sequence's keys lie.
         tile_lists: The tiles.
         sinks: `[N]` float32 One logit per query head that takes its share of the softmax and has no
             value; None for none.
+        kv_scales: What quantised keys and values stand for; None where they are not.
         page_size: Tokens per page, or None for packed keys.
         scale: Factor on q·k.
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
@@ -122,7 +133,7 @@ def ragged_attention(
     done = None
     for tile_list in tile_lists:
         done = _attend_list(
-            q, k, v, visible, lookup, tile_list, sinks, done, page_size=page_size, scale=scale,
+            q, k, v, visible, lookup, tile_list, sinks, kv_scales, done, page_size=page_size, scale=scale,
             logits_soft_cap=logits_soft_cap, windowed=windowed, interpret=interpret, config=config,
         )  # fmt: skip
     assert done is not None
@@ -168,66 +179,93 @@ class _Shape(NamedTuple):
         return self.num_kv_heads * pl.cdiv(self.tile_q, self.block_q)
 
 
+class _Work(NamedTuple):
+    """The arrays of a `TileList`."""
+
+    tiles: TileArrays
+    split: SplitArrays | None
+    order: jax.Array | None
+    num_live: jax.Array | None
+
+    @property
+    def max_tiles(self) -> int:
+        return self.tiles.seq.shape[0]
+
+    @property
+    def max_units(self) -> int:
+        """Units that there is room for: pieces of the tiles' keys, or the tiles."""
+        return self.max_tiles if self.split is None else self.split.tile.shape[0]
+
+    def live_tiles(self) -> Any:
+        return self.max_tiles if self.num_live is None else self.num_live[0]
+
+    def live_units(self) -> Any:
+        return self.live_tiles() if self.split is None else self.split.indptr[self.max_tiles]
+
+
 def _attend_list(
-    q, k, v, visible, lookup, tile_list, sinks, done, *, config, interpret, **options
+    q, k, v, visible, lookup, tile_list, sinks, kv_scales, done, *, config, interpret, **options
 ) -> Attended:
     """Attend with one list, into `done`, the results of the lists before it, where there are any."""
-    tiles, tile_q, split, _ = tile_list
+    tile_q, work = tile_list.block_q, _Work(*(getattr(tile_list, name) for name in _Work._fields))
     (T, N, H), K = q.shape, k.shape[1]
-    config = config or config_for(block_rows=_block(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize)
+    config = config or config_for(
+        block_rows=_block(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize,
+        quantized=kv_scales is not None,
+    )  # fmt: skip
     block_q = max(1, min(tile_q, config.max_rows // (N // K)))
     shape = _Shape(T, N, K, H, tile_q, block_q, config.block_k)
 
-    def launch(
-        kernel: functools.partial, units: int, inputs: tuple, outputs: tuple, done: Attended | None
-    ) -> tuple:
+    def launch(kernel: functools.partial, units: int, inputs: tuple, outputs: tuple, done: Attended | None):
         programs = units * shape.programs_per_unit
         in_place = range(len(jax.tree.leaves(done)))
-        before = len(jax.tree.leaves(inputs))
+        before = len(jax.tree.leaves((work, inputs)))
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
         return pl.pallas_call(
-            functools.partial(_for_each, kernel, programs),
+            functools.partial(_for_each, kernel, programs, shape.programs_per_unit),
             grid=(min(programs, MAX_PROGRAMS),),
-            in_specs=jax.tree.map(lambda _: anywhere, (*inputs, done)),
+            in_specs=jax.tree.map(lambda _: anywhere, (work, *inputs, done)),
             out_specs=jax.tree.map(lambda _: anywhere, outputs),
             out_shape=outputs,
             input_output_aliases={before + i: i for i in in_place},
             compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
             interpret=interpret,
             name=f"{kernel.func.__name__.strip('_')}_q{shape.block_rows}",
-        )(*inputs, done)
+        )(work, *inputs, done)
 
     def abstract(rows: int, dtype: Any) -> Attended:
         out: Any = jax.ShapeDtypeStruct((rows, N, H), dtype)
         lse: Any = jax.ShapeDtypeStruct((rows, N), jnp.float32)
         return Attended(out, lse)
 
-    num_tiles = tiles.seq.shape[0]
-    num_units = num_tiles if split is None else split.tile.shape[0]
     result = abstract(T, q.dtype)
-    partial = None if split is None else abstract(num_units * tile_q, jnp.float32)
+    partial = None if work.split is None else abstract(work.max_units * tile_q, jnp.float32)
     attend = functools.partial(_ragged_attention, shape=shape, **options)
-    inputs = (tiles, split, lookup, visible, q, k, v, sinks)
-    done, partial = launch(attend, num_units, inputs, (result, partial), done)
-    if split is None:
+    inputs = (lookup, visible, q, k, v, sinks, kv_scales)
+    done, partial = launch(attend, work.max_units, inputs, (result, partial), done)
+    if partial is None:
         return done
     merge = functools.partial(_merge_attention, shape=shape)
-    (done,) = launch(merge, num_tiles, (tiles, split, visible, sinks, partial), (result,), done)
+    (done,) = launch(merge, work.max_tiles, (visible, sinks, partial), (result,), done)
     return done
 
 
-def _for_each(kernel: Callable, programs: int, *refs) -> None:
-    """Run the kernel for this program's share of the `programs` that are to run."""
+def _for_each(kernel: functools.partial, programs: int, programs_per_unit: int, work: _Work, *refs) -> None:
+    """Run the kernel for this program's share of the `programs` that there is room for."""
     first = pl.program_id(0)
-    if programs <= MAX_PROGRAMS:
-        kernel(first, *refs)
+    if programs <= MAX_PROGRAMS:  # a dead one ends at once
+        kernel(first, work, *refs)
         return
+    units = work.live_tiles() if kernel.func is _merge_attention else work.live_units()
+    live = units * programs_per_unit
 
     def step(i, _):
-        program = first + i * MAX_PROGRAMS
-        pl.when(program < programs)(lambda: kernel(program, *refs))
+        # Odd rounds run backwards: where long tiles come first, everybody's share is then equally long.
+        place = jnp.where((i & 1) == 0, first, MAX_PROGRAMS - 1 - first)
+        program = i * MAX_PROGRAMS + place
+        pl.when(program < live)(lambda: kernel(program, work, *refs))
 
-    lax.fori_loop(0, pl.cdiv(programs, MAX_PROGRAMS), step, None)
+    lax.fori_loop(0, (live + (MAX_PROGRAMS - 1)) // MAX_PROGRAMS, step, None)
 
 
 class _Rows(NamedTuple):
@@ -285,22 +323,23 @@ class _Softmax(NamedTuple):
         sink = plgpu.load(sinks.at[rows.q_head], mask=has_sink, other=0.0)
         return cls(acc, jnp.where(has_sink, sink * LOG2E, NEG), jnp.where(has_sink, 1.0, 0.0))
 
-    def finish(self) -> tuple[jax.Array, jax.Array]:
+    def finish(self, v_scale=1.0) -> tuple[jax.Array, jax.Array]:
         """Outputs and the base-2 logarithm of the denominator; 0 and -inf where nothing was seen."""
         total = jnp.where(self.total > 0, self.total, 1.0)
         lse = jnp.where(self.total > 0, self.max + jnp.log(total) * LOG2E, -jnp.inf)
-        return self.acc * (1.0 / total)[:, None], lse
+        return self.acc * (v_scale / total)[:, None], lse
 
 
 def _ragged_attention(
-    program, tiles, split, lookup, visible, q_ref, k_ref, v_ref, sinks, _done, result, partial,
+    program, work: _Work, lookup, visible, q_ref, k_ref, v_ref, sinks, kv_scales, _done, result, partial,
     *, shape: _Shape, **options,
 ) -> None:  # fmt: skip
     """One key head, and one part, of a tile with all its keys, or with those of one unit."""
+    tiles, split = work.tiles, work.split
     K, unit = shape.num_kv_heads, program // shape.programs_per_unit
     head, part = program % K, program % shape.programs_per_unit // K
     if split is None:
-        w, is_live, is_whole = unit, True, True
+        w, is_live, is_whole = unit if work.order is None else work.order[unit], True, True
         key_start, key_end = tiles.kv_start[w], tiles.kv_end[w]
     else:
         num_tiles = tiles.seq.shape[0]
@@ -315,9 +354,9 @@ def _ragged_attention(
         state = _attend_keys(
             rows, q_ref, k_ref, v_ref, lookup.pages, _Softmax.begin(rows, sinks, is_whole, shape),
             head=head, key_start=key_start, key_end=key_end, key_base=lookup.start[tiles.seq[w]],
-            shape=shape, **options,
+            k_scale=1.0 if kv_scales is None else kv_scales.k[head], shape=shape, **options,
         )  # fmt: skip
-        out, lse = state.finish()
+        out, lse = state.finish(1.0 if kv_scales is None else kv_scales.v[head])
         if partial is None:
             _store(result, rows.q_row, rows.is_live, rows, out, lse / LOG2E, shape)
             return
@@ -331,8 +370,10 @@ def _ragged_attention(
         _store(partial, place, to_partial, rows, out, lse, shape)
 
 
-def _merge_attention(program, tiles, split, visible, sinks, partial, _done, result, *, shape: _Shape) -> None:
+def _merge_attention(program, work: _Work, visible, sinks, partial, _done, result, *, shape: _Shape) -> None:
     """One key head, and one part, of a tile whose keys were split among several units."""
+    tiles, split = work.tiles, work.split
+    assert split is not None
     K, w = shape.num_kv_heads, program // shape.programs_per_unit
     head, part = program % K, program % shape.programs_per_unit // K
     first, end = split.indptr[w], split.indptr[w + 1]
@@ -377,7 +418,8 @@ def _store(refs: Any, place, is_stored, rows: _Rows, out, lse, shape: _Shape) ->
 
 def _attend_keys(
     rows: _Rows, q_ref, k_ref, v_ref, pages_ref, state: _Softmax,
-    *, head, key_start, key_end, key_base, shape: _Shape, page_size, scale, logits_soft_cap, windowed,
+    *, head, key_start, key_end, key_base, k_scale, shape: _Shape,
+    page_size, scale, logits_soft_cap, windowed,
 ) -> _Softmax:  # fmt: skip
     """Add the keys `key_start .. key_end` of a sequence to the softmax of the rows."""
     block_k = shape.block_k
@@ -396,6 +438,13 @@ def _attend_keys(
             page = plgpu.load(pages_ref.at[key_base + positions // page_size], mask=ok, other=0)
         return page * page_size + positions % page_size
 
+    def load_block(ref, slots, ok):
+        place = (slots[:, None], head, d[None, :])
+        # Every number of eight bits is one of 16, too: the product is of the type of the queries.
+        return plgpu.load(ref.at[place], mask=_mask(ok, shape), other=jnp.zeros((), ref.dtype)).astype(
+            q.dtype
+        )
+
     def visible(positions):
         sees = positions[None, :] < rows.end[:, None]
         # Without a window this comparison is true throughout, and costs registers.
@@ -407,13 +456,12 @@ def _attend_keys(
         if masked and windowed:
             ok &= positions >= key_start
         slots = slots_of(j, positions, ok)
-        block = (slots[:, None], head, d[None, :])
-        k = plgpu.load(k_ref.at[block], mask=_mask(ok, shape), other=0.0)
+        k = load_block(k_ref, slots, ok)
         s = jnp.dot(q, k.T, preferred_element_type=jnp.float32, precision=precision)
         if logits_soft_cap is None:
-            s = s * (scale * LOG2E)
+            s = s * (scale * LOG2E * k_scale)
         else:
-            s = jnp.tanh(s * (scale / logits_soft_cap)) * (logits_soft_cap * LOG2E)
+            s = jnp.tanh(s * (scale / logits_soft_cap * k_scale)) * (logits_soft_cap * LOG2E)
         sees = visible(positions) if masked else True
         if masked:
             s = jnp.where(sees, s, NEG)
@@ -422,7 +470,7 @@ def _attend_keys(
         p = jnp.exp2(s - new_max[:, None])
         if masked:
             p = jnp.where(sees, p, 0.0)
-        v = plgpu.load(v_ref.at[block], mask=_mask(ok, shape), other=0.0)
+        v = load_block(v_ref, slots, ok)
         pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=precision)
         return _Softmax(state.acc * rescale[:, None] + pv, new_max, state.total * rescale + p.sum(axis=1))
 

@@ -64,12 +64,18 @@ class Kernel(NamedTuple):
         name: Name of its entry.
         registers: Registers per thread.
         spilled: Bytes per thread that do not fit in registers.
+        shared_memory: Bytes of shared memory per block, static and dynamic.
+        grid: Blocks of the launch, along three axes.
+        threads: Threads per block, along three axes.
         ptx: Its program, before assembly.
     """
 
     name: str
     registers: int
     spilled: int
+    shared_memory: int
+    grid: tuple[int, ...]
+    threads: tuple[int, ...]
     ptx: str
 
 
@@ -85,15 +91,28 @@ def compile_for(target: Target, function: Callable[..., Any], *args: Any) -> lis
         RuntimeError: If the compiler is not installed.
         jax.errors.JaxRuntimeError: If XLA refuses the program, e.g. for want of shared memory.
     """
+    return kernels_of(target, lower_for(target, function, *args))
+
+
+def lower_for(
+    target: Target, function: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
+) -> Any:
+    """Lower a function for a GPU, all arguments kept: the first half of `compile_for`."""
     sharding = SingleDeviceSharding(_topology(target).devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     device = AbstractDevice(target.name, None, "gpu")  # the number of cores is of no interest
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        lowered = jax.jit(function).lower(*args)
+        return jax.jit(function, keep_unused=True, donate_argnums=donate_argnums).lower(*args)
+
+
+def kernels_of(target: Target, lowered: Any) -> list[Kernel]:
+    """Compile what was lowered: the second half."""
     with tempfile.TemporaryDirectory() as folder:
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
-        return [kernel for path in sorted(Path(folder).glob("*.ptx")) for kernel in _assemble(path, target)]
+        launches = _launches("".join(path.read_text() for path in Path(folder).glob("*thunk_sequence.txt")))
+        paths = sorted(Path(folder).glob("*.ptx"))
+        return [kernel for path in paths for kernel in _assemble(path, target, launches)]
 
 
 def _topology(target: Target) -> Any:
@@ -132,7 +151,7 @@ def _config(target: Target) -> str:
     """
 
 
-def _ptxas() -> Path:
+def ptxas() -> Path:
     """NVIDIA's assembler, the one that XLA finds too, in the wheel `nvidia-cuda-nvcc`."""
     package = importlib.util.find_spec("nvidia")
     for root in (package and package.submodule_search_locations) or ():
@@ -141,14 +160,38 @@ def _ptxas() -> Path:
     raise RuntimeError(f"ptxas of the wheel nvidia-cuda-nvcc is missing; {REMEDY}")
 
 
-def _assemble(path: Path, target: Target) -> list[Kernel]:
-    command = [_ptxas(), "--verbose", "--gpu-name", target.architecture, path, "--output-file", os.devnull]
+class _Launch(NamedTuple):
+    """How a program starts a kernel; memory is what the launch adds to the kernel's own."""
+
+    grid: tuple[int, ...]
+    threads: tuple[int, ...]
+    shared_memory: int
+
+
+def _launches(thunks: str) -> dict[str, _Launch]:
+    """Launches by kernel, as XLA lists them."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(",")))
+
+    pattern = r"(\w+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)"
+    return {
+        name: _Launch(numbers(grid), numbers(threads), int(memory))
+        for name, grid, threads, memory in re.findall(pattern, thunks)
+    }
+
+
+def _assemble(path: Path, target: Target, launches: dict[str, _Launch]) -> list[Kernel]:
+    command = [ptxas(), "--verbose", "--gpu-name", target.architecture, path, "--output-file", os.devnull]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     entries = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) reg", report, re.S
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) reg([^\n]*)", report, re.S
     )
     ptx = path.read_text()
-    return [
-        Kernel(name=name, registers=int(registers), spilled=int(spilled), ptx=ptx)
-        for name, spilled, registers in entries
-    ]
+    kernels = []
+    for name, spilled, registers, rest in entries:
+        own = re.search(r"(\d+) bytes smem", rest)
+        launch = launches[name]
+        memory = launch.shared_memory + int(own[1] if own else 0)
+        kernels.append(Kernel(name, int(registers), int(spilled), memory, launch.grid, launch.threads, ptx))
+    return kernels

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, compile_for
+from resources import MAX_REGISTERS, Key, Resources, check, resources_of
 
+from jaxattn.cache import QUANTIZED_DTYPES
 from jaxattn.consumers import triton_tiling
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.arrays import KeyLookup, SplitArrays, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.arrays import KeyLookup, KVScales, SplitArrays, TileArrays, TileList, VisibleRange
 from jaxattn_kernels.triton import KernelConfig, ragged_attention
 
 pytestmark = pytest.mark.compile
@@ -23,7 +25,6 @@ pytestmark = pytest.mark.compile
 # ptxas spills some bytes of its own accord where one more block then fits on a multiprocessor:
 # in about one kernel of twelve, and in different ones with every version.
 MAX_TRADED = 64
-MAX_REGISTERS = 255
 
 
 class Case(NamedTuple):
@@ -37,10 +38,12 @@ class Case(NamedTuple):
     windowed: bool = False
     capped: bool = False
     sinks: bool = False
+    kv_dtype: str | None = None
 
     def __str__(self) -> str:
         paging = f"p{self.page_size}" if self.page_size else "packed"
         options = "-window" * self.windowed + "-cap" * self.capped + "-sinks" * self.sinks
+        options += f"-{self.kv_dtype}" if self.kv_dtype else ""
         return (
             f"{self.target.architecture}-g{self.group_size}-d{self.head_dim}-{self.dtype}-{paging}{options}"
         )
@@ -74,6 +77,11 @@ def every_pair() -> list[Case]:
 
 def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]:
     """The kernels of a case: for short queries (decode), for merging their parts, for long ones (prefill)."""
+    return [k for k in compile_for(case.target, *program_of(case, config)) if "_attention" in k.name]
+
+
+def program_of(case: Case, config: KernelConfig | None = None) -> tuple[Any, ...]:
+    """A function that attends with the kernels of a case, and its arguments."""
 
     def ints(n: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct((n,), jnp.int32)
@@ -83,33 +91,30 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
     spec = AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=case.head_dim)
     tiling = triton_tiling(spec)
 
-    def attend(q, k, v, visible, start, page_list, sinks, short, split, long):
+    def attend(q, k, v, visible, start, page_list, sinks, scales, short, split, long, order, num_live):
         return ragged_attention(
             q, k, v, visible, KeyLookup(start, page_list if case.page_size else None),
-            (TileList(short, tiling.short_q, split), TileList(long, tiling.long_q, None)),
-            sinks=sinks if case.sinks else None, page_size=case.page_size, scale=spec.softmax_scale,
+            (
+                TileList(short, tiling.short_q, split, None, num_live),
+                TileList(long, tiling.long_q, None, order, num_live),
+            ),
+            sinks=sinks if case.sinks else None, kv_scales=scales if case.kv_dtype else None,
+            page_size=case.page_size, scale=spec.softmax_scale,
             logits_soft_cap=30.0 if case.capped else None,
             windowed=case.windowed, interpret=False, config=config,
         )  # fmt: skip
 
     q = jax.ShapeDtypeStruct((tokens, num_q_heads, case.head_dim), case.dtype)
-    k = jax.ShapeDtypeStruct((pages * (case.page_size or 16), num_kv_heads, case.head_dim), case.dtype)
-    per_token, tiles = ints(tokens), TileArrays(*[ints(64)] * 5)
-    split = SplitArrays(ints(units), ints(units), ints(units), ints(64 + 1))
+    kv_dtype = case.kv_dtype or case.dtype
+    k = jax.ShapeDtypeStruct((pages * (case.page_size or 16), num_kv_heads, case.head_dim), kv_dtype)
+    # More units than a launch has programs: each loops over its share, and needs registers for that too.
+    per_token, tiles = ints(tokens), TileArrays(*[ints(units)] * 5)
+    split = SplitArrays(ints(units), ints(units), ints(units), ints(units + 1))
     sinks: Any = jax.ShapeDtypeStruct((num_q_heads,), jnp.float32)
-    args = (
-        q,
-        k,
-        k,
-        VisibleRange(per_token, per_token),
-        ints(rows + 1),
-        ints(pages),
-        sinks,
-        tiles,
-        split,
-        tiles,
-    )
-    return [k for k in compile_for(case.target, attend, *args) if "_attention" in k.name]
+    scale: Any = jax.ShapeDtypeStruct((num_kv_heads,), jnp.float32)
+    layer = (q, k, k, VisibleRange(per_token, per_token), ints(rows + 1), ints(pages))
+    options = (sinks, KVScales(scale, scale))
+    return attend, *layer, *options, tiles, split, tiles, ints(units), ints(1)
 
 
 def stays_in_registers(kernel: Kernel) -> bool:
@@ -125,6 +130,21 @@ def test_kernels_stay_in_registers(case):
     assert [(k.name, k.registers, k.spilled) for k in kernels if not stays_in_registers(k)] == []
 
 
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.architecture)
+def test_kernels_of_quantised_caches_stay_in_registers(target, kv_dtype):
+    if kv_dtype == "float8_e4m3fn" and target is A100:
+        with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+            compile_case(Case(target, group_size=4, head_dim=128, kv_dtype=kv_dtype))
+        return
+    shapes = (4, 128, "bfloat16"), (8, 64, "float16"), (2, 256, "bfloat16")
+    shape = shapes[
+        (TARGETS.index(target) + QUANTIZED_DTYPES.index(kv_dtype)) % 3
+    ]  # every pair of two of them
+    kernels = compile_case(Case(target, *shape, kv_dtype=kv_dtype))
+    assert [(k.name, k.registers, k.spilled) for k in kernels if not stays_in_registers(k)] == []
+
+
 def test_the_gate_rejects_a_kernel_that_is_too_large():
     config = KernelConfig(block_k=128, num_warps=4, num_stages=2)
     kernels = compile_case(Case(H200, group_size=4, head_dim=128, windowed=True), config)
@@ -137,20 +157,41 @@ def test_too_much_shared_memory_is_refused():
         compile_case(Case(RTX_PRO_6000, group_size=4, head_dim=256), config)
 
 
-@pytest.mark.parametrize(
-    ("target", "product"),
-    [(A100, "mma.sync"), (H200, "wgmma.mma_async"), (B200, "tcgen05.mma"), (RTX_PRO_6000, "mma.sync")],
-    ids=lambda x: x.architecture if isinstance(x, Target) else x,
-)
-def test_main_configuration_uses_the_hardware(target, product):
-    kernels = {k.name: k for k in compile_case(Case(target, group_size=4, head_dim=128))}
+PRODUCTS = {A100: "mma.sync", H200: "wgmma", B200: "tcgen05.mma", RTX_PRO_6000: "mma.sync"}
+MAIN = [
+    Case(target, group_size=group_size, head_dim=head_dim)
+    for group_size, head_dim in ((4, 64), (4, 128), (4, 256), (1, 128), (8, 128))
+    for target in PRODUCTS
+]
+"""The configurations most models use; what they take stands in `resources.json`."""
+
+
+def resources_by_key(case: Case, kernels: list[Kernel]) -> dict[Key, Resources]:
+    """What the kernels of a case take, as the table has it."""
+    return {key_of(case, k.name): resources_of(k) for k in kernels}
+
+
+def key_of(case: Case, kernel: str) -> Key:
+    architecture = case.target.architecture
+    return Key("triton", str(case).removeprefix(f"{architecture}-"), kernel, architecture)
+
+
+@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_main_configurations_use_the_hardware(case):
+    compiled = compile_case(case)
+    found = resources_by_key(case, compiled)
+    kernels = {k.name: k for k in compiled}
+    takes = {key.kernel: value for key, value in found.items()}
     assert kernels.keys() == {"merge_attention_q16", "ragged_attention_q16", "ragged_attention_q64"}
-    assert kernels["merge_attention_q16"].spilled == 0
-    short, long = kernels["ragged_attention_q16"], kernels["ragged_attention_q64"]
-    assert "mma.sync" in short.ptx
-    assert product in long.ptx
-    for kernel in short, long:
-        assert kernel.spilled == 0
-        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", kernel.ptx)
+    assert all(stays_in_registers(k) for k in compiled)
+    if (case.group_size, case.head_dim) == (4, 128):
+        assert [k.name for k in compiled if k.spilled] == []
+    short, long = "ragged_attention_q16", "ragged_attention_q64"
+    assert "mma.sync" in takes[short].instructions
+    assert PRODUCTS[case.target] in takes[long].instructions
+    for name in short, long:
+        ptx = kernels[name].ptx
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", ptx)
         assert set(copies) == {"10"}, "keys and values are copied asynchronously, 16 bytes at a time"
-        assert not re.search(r"ld\.global\S*\.[bu](8|16)\b", kernel.ptx), "a narrow load"
+        assert not re.search(r"ld\.global\S*\.[bu](8|16)\b", ptx), "a narrow load"
+    check(found)

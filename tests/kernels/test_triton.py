@@ -152,7 +152,7 @@ def run_with_lse(
     q, k, v = (jnp.asarray(x, dtype) for x in (step.q, k, v))
     out, lse = ragged_attention(
         q, k, v, VisibleRange(as_int32(step.first), as_int32(step.end)), lookup,
-        tuple(tile_list(*part) for part in tile_lists),
+        tuple(part if isinstance(part, TileList) else tile_list(*part) for part in tile_lists),
         sinks=None if step.sinks is None else jnp.asarray(step.sinks),
         page_size=page_size, scale=step.scale, logits_soft_cap=step.soft_cap, windowed=windowed,
         interpret=True, config=config,
@@ -351,6 +351,23 @@ def test_a_program_may_serve_several_units(monkeypatch, max_programs):
     expected = run_with_lse(step, *parts)
     monkeypatch.setattr(kernel, "MAX_PROGRAMS", max_programs)
     for got, before in zip(run_with_lse(step, *parts), expected, strict=True):
+        np.testing.assert_array_equal(got[:11], before[:11])
+
+
+@pytest.mark.parametrize("max_programs", [2048, 4])
+def test_tiles_in_any_order_and_no_dead_ones(monkeypatch, max_programs):
+    """The order changes no bit, and of a long list only the live tiles are looked at, split or not."""
+    step = with_sinks(causal_step((9, 1, 1), (45, 33, 70), num_q_heads=4, num_kv_heads=2, head_dim=32))
+    tiles = step.tiles(4)
+    expected = run_with_lse(step, (tiles[3:], 4, 32), (tiles[:3], 4))
+    # Were they looked at, these would overwrite live rows.
+    wrong = [(1, 0, 4, 0, 2), (1, 10, 1, 0, 2), (1, 4, 3, 0, 2)]
+    beyond = wrong if max_programs < 2048 else []
+    split = tile_list(tiles[3:], 4, 32)._replace(num_live=as_int32([2]))
+    long = tile_list([*tiles[:3], *beyond], 4)._replace(num_live=as_int32([3]))
+    long = long._replace(order=as_int32([2, 0, 1, *range(3, 3 + len(beyond))]))
+    monkeypatch.setattr(kernel, "MAX_PROGRAMS", max_programs)
+    for got, before in zip(run_with_lse(step, split, long), expected, strict=True):
         np.testing.assert_array_equal(got[:11], before[:11])
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxattn.attention import attention
 from jaxattn.batch import abstract_batch
 from jaxattn.buckets import Bucket
+from jaxattn.cache import QUANTIZED_DTYPES
 from jaxattn.metadata import prepare_metadata
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels.arrays import KeyLookup, TileArrays, TileList, VisibleRange
@@ -41,17 +42,21 @@ def export_for_cuda(function, *args) -> str:
         return exporting(*args).mlir_module()
 
 
-def attention_program(spec: AttentionSpec, bucket: Bucket, page_size: int | None, dtype: str) -> tuple:
+def attention_program(
+    spec: AttentionSpec, bucket: Bucket, page_size: int | None, dtype: str, kv_dtype: str | None = None
+) -> tuple:
     """`attention` by the kernel as a function, and the shapes of its arguments."""
     q = jax.ShapeDtypeStruct((bucket.tokens, spec.num_q_heads, spec.head_dim), dtype)
     place = (bucket.tokens,) if page_size is None else (bucket.pages, page_size)
-    k = jax.ShapeDtypeStruct((*place, spec.num_kv_heads, spec.head_dim), dtype)
-
+    k = jax.ShapeDtypeStruct((*place, spec.num_kv_heads, spec.head_dim), kv_dtype or dtype)
+    scale = 0.01 if kv_dtype else None
     sinks = jnp.zeros(spec.num_q_heads) if spec.sinks else None
 
     def attend(q, k, v, batch):
         metadata = prepare_metadata(batch, spec)
-        return attention(q, k, v, metadata, spec, sinks=sinks, implementation="triton")
+        return attention(
+            q, k, v, metadata, spec, sinks=sinks, k_scale=scale, v_scale=scale, implementation="triton"
+        )
 
     return attend, q, k, k, abstract_batch(bucket, page_size)
 
@@ -66,7 +71,7 @@ def attention_program(spec: AttentionSpec, bucket: Bucket, page_size: int | None
             AttentionSpec(num_q_heads=32, num_kv_heads=1, head_dim=256, logits_soft_cap=30.0, sinks=True),
             128, "float32", True,
         ),
-        (AttentionSpec(num_q_heads=4, num_kv_heads=4, head_dim=16, causal=False), None, "bfloat16", True),
+        (AttentionSpec(num_q_heads=4, num_kv_heads=4, head_dim=16, causal=False), None, "bfloat16", False),
     ],
     ids=["gqa", "window", "mqa-cap-sinks", "packed"],
 )  # fmt: skip
@@ -76,9 +81,16 @@ def test_exports_a_kernel_for_each_tile_list_and_each_merge(spec, page_size, dty
     assert module.count(f"@{plgpu.CUSTOM_CALL_TARGET_NAME}(") == lists + is_split
 
 
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
+def test_exports_kernels_for_quantised_caches(kv_dtype):
+    spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
+    module = export_for_cuda(*attention_program(spec, DECODE, 16, "bfloat16", kv_dtype))
+    assert module.count(f"@{plgpu.CUSTOM_CALL_TARGET_NAME}(") == 2
+
+
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "obstacle"),
-    [(264, "bfloat16", "head_dim=264"), (64, "float8_e4m3fn", "dtype float8")],
+    [(264, "bfloat16", "head_dim=264"), (64, "float8_e4m3b11fnuz", "dtype float8_e4m3b11fnuz")],
 )
 def test_what_the_kernel_cannot_serve_is_refused(head_dim, dtype, obstacle):
     spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=head_dim)
