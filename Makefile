@@ -39,8 +39,7 @@ test-oldest:
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile:
 	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
-	  .venv-compile/bin/python -m pytest -n auto -m compile
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -n auto -m compile
 
 # What the kernels of today take, for review in the diff.
 resources:

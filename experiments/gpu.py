@@ -47,13 +47,15 @@ from rich.console import Console
 from rich.table import Table
 from side_by_side import provenance
 
-from jaxattn import AttentionSpec, Bucket, RaggedBatch, attention, prepare_metadata
+from jaxattn import AttentionSpec, Bucket, RaggedBatch, attention, mosaic, prepare_metadata
 from jaxattn.cases import ODD, Workload, nest_workload, random_page_tables
 from jaxattn.timing import Measured, measure
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 KERNELS = (
-    ("triton", "mosaic") if getattr(jax.devices()[0], "compute_capability", "") == "9.0" else ("triton",)
+    ("triton", "mosaic")
+    if mosaic.serves(getattr(jax.devices()[0], "compute_capability", None))
+    else ("triton",)
 )
 CACHE_BYTES = 2 * 64 * 2**20
 """Twice the second-level cache of the largest GPU: sets of inputs rotate over more than this."""

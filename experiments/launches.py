@@ -263,7 +263,9 @@ def examine(workload: Workload) -> dict[str, Any]:
             for name, tiles in working.items()
         },
         "splits": {
-            overhead: splits(working["short"], overhead) for overhead in OVERHEADS if "short" in working
+            overhead: splits(working["short"], overhead)
+            for overhead in OVERHEADS
+            if "short" in working and working["short"].split is not None
         },
     }
 

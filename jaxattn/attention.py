@@ -18,7 +18,6 @@ from jaxattn.choice import Choice, choose, describe_device
 from jaxattn.choice_table import PHASES, Device, Layer, Table, tables
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.arrays import KVScales
 from jaxattn_kernels.triton import MAX_HEAD_DIM
 
 IMPLEMENTATIONS = {
@@ -31,7 +30,6 @@ IMPLEMENTATIONS = {
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
 _E4M3_MIN_CAPABILITY = 8.9
-_MOSAIC_CAPABILITY = "9.0"
 
 
 @overload
@@ -115,29 +113,28 @@ def attention(
     sinks = None if sinks is None else jnp.asarray(sinks)
     _validate(q, k, v, metadata, spec)
     _validate_sinks(sinks, spec)
-    scales = check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)
+    options: dict[str, Any] = {"sinks": sinks}
+    if (scales := check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)) is not None:
+        options["kv_scales"] = scales
+    device = describe_device()
     if implementation == "auto":
         layer = Layer(phase_of(metadata), q.dtype.name, k.dtype.name, spec.head_dim, metadata.page_size)
-        device = describe_device()
         obstacle_here = functools.partial(
             obstacle_to, spec=spec, layer=layer, device=device, kv_elements=k.size
         )
         implementation = choose(layer, device, tables(), obstacle_here).implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
-    if implementation == "triton" and (
-        obstacle := _triton_obstacle(spec, q.dtype, k.dtype, describe_device(), k.size)
-    ):
+    if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype, k.dtype, device, k.size)):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
-    if implementation == "mosaic" and (
-        obstacle := mosaic.obstacle(spec, q.dtype, k.dtype, metadata.page_size)
-    ):
-        raise NotImplementedError(
-            f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
-        )
-    options: dict[str, Any] = {"sinks": sinks}
-    if scales[0] is not None and scales[1] is not None:
-        options["kv_scales"] = KVScales(scales[0], scales[1])
+    if implementation == "mosaic":  # without a GPU it can still be exported
+        options["capability"] = device.compute_capability
+        if obstacle := mosaic.obstacle(
+            spec, q.dtype, k.dtype, metadata.page_size, capability=device.compute_capability
+        ):
+            raise NotImplementedError(
+                f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
+            )
     out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, **options)
     return (out, lse) if return_lse else out
 
@@ -209,10 +206,8 @@ def obstacle_to(
         found = _triton_obstacle(spec, layer.dtype, layer.kv_dtype, device, kv_elements)
         return found or _device_obstacle(device)
     if implementation == "mosaic":
-        if found := mosaic.obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size):
-            return found
-        if device.compute_capability != _MOSAIC_CAPABILITY:
-            return f"it needs an NVIDIA GPU of compute capability {_MOSAIC_CAPABILITY}"
+        capability = device.compute_capability or f"that of a {device.platform}"
+        return mosaic.obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size, capability=capability)
     return None
 
 

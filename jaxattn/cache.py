@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxattn.batch import INT32_MAX
+from jaxattn_kernels.arrays import KVScales
 
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 """Element types of a quantised cache: a stored number counts times the scale of its head."""
@@ -78,8 +79,9 @@ def init_cache(
             f"than an int32 can number ({INT32_MAX}); use fewer pages, or several caches"
         )
     shape = (num_pages, page_size, num_kv_heads, head_dim)
+    k_scale, v_scale = (None, None) if scales is None else scales
     return PagedKVCache(
-        k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype), k_scale=scales[0], v_scale=scales[1]
+        k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype), k_scale=k_scale, v_scale=v_scale
     )
 
 
@@ -88,7 +90,7 @@ def check_scales(
     num_kv_heads: int,
     k_scale: jax.typing.ArrayLike | None,
     v_scale: jax.typing.ArrayLike | None,
-) -> tuple[Float[Array, " K"] | None, Float[Array, " K"] | None]:
+) -> KVScales | None:
     """The scales of keys and values as arrays `[K]`, float32; None where nothing is quantised.
 
     Args:
@@ -102,7 +104,6 @@ def check_scales(
             is wrong.
     """
     name = jnp.dtype(dtype).name
-    checked = []
     for argument, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (scale is None) == (name in QUANTIZED_DTYPES):
             given = "was not given" if scale is None else "was given"
@@ -115,10 +116,10 @@ def check_scales(
                 f"{argument} has shape {jnp.shape(scale)}; give one number, or one per key head, "
                 f"({num_kv_heads},)"
             )
-        checked.append(
-            None if scale is None else jnp.broadcast_to(jnp.asarray(scale, jnp.float32), num_kv_heads)
-        )
-    return checked[0], checked[1]
+    if k_scale is None or v_scale is None:
+        return None
+    k_scale, v_scale = (jnp.asarray(scale, jnp.float32) for scale in (k_scale, v_scale))
+    return KVScales(jnp.broadcast_to(k_scale, num_kv_heads), jnp.broadcast_to(v_scale, num_kv_heads))
 
 
 def quantization_scale(x: Float[Array, "T K H"], dtype: jax.typing.DTypeLike) -> Float[Array, " K"]:

@@ -15,6 +15,8 @@ from jaxattn.spec import AttentionSpec
 from jaxattn_kernels import blackwell
 from jaxattn_kernels import mosaic as hopper
 
+HOPPER = "9.0"
+
 
 def attend(
     q: Float[Array, "T N H"],
@@ -40,8 +42,7 @@ def attend(
         spec: The layer.
         sinks: Logits of the sinks, if the layer has them.
         interpret: How to simulate the GPU on a CPU; None to compile.
-        capability: Compute capability of the GPU, such as "10.0"; where None, that of the first device,
-            and without a GPU, Hopper's.
+        capability: Compute capability of the GPU, such as "10.0"; Hopper's where None.
 
     Returns:
         Outputs in the dtype of `q`, and the natural logarithm of the softmax's denominator; 0 and
@@ -69,18 +70,28 @@ def obstacle(
     *,
     capability: str | None = None,
 ) -> str | None:
-    """Why the kernel cannot serve a layer over keys in such pages; None where it can."""
-    return _kernel(capability).obstacle(
+    """Why the kernel for a compute capability cannot serve a layer over such pages; None where it can."""
+    found = _kernel(capability).obstacle(
         dtype=dtype,
         kv_dtype=kv_dtype,
         head_dim=spec.head_dim,
         group_size=spec.group_size,
         page_size=page_size,
     )
+    if found is None and not serves(capability or HOPPER):
+        return f"it needs an NVIDIA GPU of compute capability {HOPPER} or 10.x, not {capability}"
+    return found
+
+
+def serves(capability: str | None) -> bool:
+    """Whether there is a kernel for GPUs of a compute capability."""
+    return capability == HOPPER or _is_blackwell(capability)
+
+
+def _is_blackwell(capability: str | None) -> bool:
+    return capability is not None and capability.startswith("10.")
 
 
 def _kernel(capability: str | None) -> Any:
     """The kernel for a compute capability: each uses instructions that the other's GPUs do not have."""
-    if capability is None:
-        capability = getattr(jax.devices()[0], "compute_capability", None)
-    return blackwell if capability is not None and capability.startswith("10.") else hopper
+    return blackwell if _is_blackwell(capability) else hopper

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from jaxattn import mosaic
 from jaxattn.attention import attention, obstacle_to
 from jaxattn.buckets import Bucket
 from jaxattn.cases import GPU_TUNING, QUICK_TUNING, TUNING, Workload, nest_workload, random_page_tables
@@ -90,7 +91,7 @@ def default_plan(device: Device, *, quick: bool = False) -> TunePlan:
         quick: Whether to take small workloads and few runs, to see whether all works.
     """
     if device.platform == "gpu":
-        kernels = ("triton", "mosaic") if device.compute_capability == "9.0" else ("triton",)
+        kernels = ("triton", "mosaic") if mosaic.serves(device.compute_capability) else ("triton",)
         plan = TunePlan(
             dtypes=("bfloat16",),
             num_q_heads=32,

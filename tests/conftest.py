@@ -11,7 +11,7 @@ import jax
 from effort import EXAMPLES
 
 # A program is compiled for a few small runs: most of the compiler's time would go into speed that no test
-# needs. `make test-slow` compiles as users do.
+# needs. `make test-slow` compiles as users do, and so does what compiles for a GPU (compile/deviceless.py).
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

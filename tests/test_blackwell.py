@@ -258,7 +258,7 @@ def test_is_exported_for_cuda_from_anywhere(head_dim, page_size):
     assert module.count("custom_call @mosaic_gpu_v2") == 2, "one for short queries and one for long ones"
 
 
-def test_the_compute_capability_chooses_the_kernel(monkeypatch):
+def test_the_compute_capability_chooses_the_kernel():
     spec = layer(2, 1)
     names = {
         capability: mosaic._kernel(capability).__name__.rpartition(".")[2]
@@ -266,8 +266,14 @@ def test_the_compute_capability_chooses_the_kernel(monkeypatch):
     }
     assert names == {None: "mosaic", "9.0": "mosaic", "10.0": "blackwell", "10.3": "blackwell"}
     assert mosaic.obstacle(spec, "bfloat16", "bfloat16", 96, capability="9.0")
-    monkeypatch.setattr(jax, "devices", lambda: [type("GPU", (), {"compute_capability": BLACKWELL})])
-    assert mosaic._kernel(None) is kernel
+    assert "not 8.0" in str(mosaic.obstacle(spec, "bfloat16", "bfloat16", 16, capability="8.0"))
+    assert [mosaic.serves(x) for x in (None, "8.0", "9.0", "10.3", "12.0")] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn_kernels import mosaic as kernel
 from jaxattn_kernels.arrays import TileList
 
-SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
+# Clocks of copies and products are kept per simulated engine, in turn: with the default of five, two
+# warpgroups come to share one, which hides a race now and then.
+SIMULATED = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=64)
 # A race raises, or is logged if asked for; before jax 0.12 it was printed, and nothing else.
 RAISES = hasattr(SIMULATED, "on_race")
 REPORTED = dataclasses.replace(SIMULATED, **({"on_race": "warn"} if RAISES else {}))

@@ -150,7 +150,8 @@ def test_candidates_by_device():
     hopper = default_plan(Device("gpu", "NVIDIA H200", "9.0"))
     assert hopper.implementations == ("triton", "mosaic", "xla")
     assert hopper.dtypes == ("bfloat16",)
-    assert default_plan(Device("gpu", "NVIDIA B200", "10.0")).implementations == ("triton", "xla")
+    assert default_plan(Device("gpu", "NVIDIA B200", "10.0")).implementations == hopper.implementations
+    assert default_plan(Device("gpu", "NVIDIA A100", "8.0")).implementations == ("triton", "xla")
     assert default_plan(Device("cpu")).implementations == ("xla", "reference")
 
 

@@ -22,6 +22,8 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 KIB = 1024
+# As users compile, although the tests of everything else compile with less.
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 REMEDY = "run `make test-compile`, which installs the dependency group `compile` and sets JAX_PLATFORMS=cpu"
 
 
@@ -109,7 +111,7 @@ def lower_for(
 def kernels_of(target: Target, lowered: Any) -> list[Kernel]:
     """Compile what was lowered: the second half."""
     with tempfile.TemporaryDirectory() as folder:
-        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
+        lowered.compile(compiler_options=OPTIMISED | {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
         launches = _launches("".join(path.read_text() for path in Path(folder).glob("*thunk_sequence.txt")))
         paths = sorted(Path(folder).glob("*.ptx"))
         return [kernel for path in paths for kernel in _assemble(path, target, launches)]
