@@ -24,7 +24,7 @@ from jaxattn.consumers import mosaic_tiling
 from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn_kernels import blackwell as kernel
 from jaxattn_kernels.arrays import TileList
-from jaxattn_kernels.mosaic import KernelConfig
+from jaxattn_kernels.mosaic_parts import KernelConfig
 
 BLACKWELL = "10.0"
 # Clocks of copies and products are kept per simulated engine, in turn: with the default of five, two

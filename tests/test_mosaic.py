@@ -273,14 +273,14 @@ def forget_to_commit(monkeypatch) -> None:
 
 def forget_to_wait_for_copies(monkeypatch) -> None:
     """The second half of a partial result is written while the first may be on its way out."""
-    real_copy, real_wait, copies = kernel._copy_tokens, plgpu.wait_smem_to_gmem, itertools.count()
+    real_copy, real_wait, copies = kernel.copy_tokens, plgpu.wait_smem_to_gmem, itertools.count()
 
     def copy(*args):
         forgets = next(copies) == 1  # of a result, and of two halves
         monkeypatch.setattr(plgpu, "wait_smem_to_gmem", (lambda n: None) if forgets else real_wait)
         real_copy(*args)
 
-    monkeypatch.setattr(kernel, "_copy_tokens", copy)
+    monkeypatch.setattr(kernel, "copy_tokens", copy)
 
 
 # Each with the queries and keys that show it: a stage is used twice, or once. A single query's are split.

@@ -6,7 +6,8 @@ in tensor memory, where products write. Three warpgroups have roles: one copies 
 into shared memory, one issues the products, and one computes the softmax, a row per thread. While it is at
 the weights of a block, the scores of the next one are multiplied.
 
-Every call that exists only on the Mosaic GPU backend is made in this file and in `mosaic.py` (`plgpu`).
+Every call that exists only on the Mosaic GPU backend is made in this file, in `mosaic_parts.py`
+and in `mosaic.py` (`plgpu`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn_kernels.arrays import Attended, KeyLookup, TileArrays, TileList, VisibleRange
-from jaxattn_kernels.mosaic import DTYPES, FLOOR, LOG2E, NEG, TILE_ROWS, KernelConfig
+from jaxattn_kernels.mosaic_parts import (
+    FLOOR,
+    LOG2E,
+    NEG,
+    TILE_ROWS,
+    KernelConfig,
+    KernelProgram,
+    across,
+    clear_strangers,
+    copy_tokens,
+    dtype_obstacle,
+    logits,
+    page_obstacle,
+    produce,
+    store,
+    token_rows,
+)
 
 ROWS = 128
 """Rows of a program, each a pair of a token and a query head: the height of a `tcgen05` product, and the
 threads of a warpgroup."""
-TILE_COLUMNS = 64  # of a tile in shared memory: 128 bytes
 HEAD_DIMS = (64, 128, 256)
 # Most query heads per key head, so that the longer of two kinds of tiles, of two tokens at least, fits.
 MAX_GROUP = ROWS // 2
@@ -76,24 +92,13 @@ def obstacle(
         page_size: Tokens per page, or None for packed keys.
         kv_dtype: Element type of keys and values; that of queries where None.
     """
-    name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        return f"dtype {name} is not one of {', '.join(DTYPES)}"
-    kv_name = name if kv_dtype is None else jnp.dtype(kv_dtype).name
-    if kv_name != name:
-        return f"keys are {kv_name} and queries {name}; a product takes both in one type"
+    if reason := dtype_obstacle(dtype, kv_dtype):
+        return reason
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if group_size > MAX_GROUP:
         return f"two tokens' {group_size} query heads per key head exceed the {ROWS} rows of a product"
-    if page_size is None:
-        return None
-    if page_size % TILE_ROWS:
-        return f"page_size={page_size} is not a multiple of {TILE_ROWS}, the rows of a tile in shared memory"
-    block_k = config_for(head_dim=head_dim).block_k
-    if page_size % block_k and block_k % page_size:
-        return f"page_size={page_size} neither divides nor is a multiple of a block of {block_k} keys"
-    return None
+    return page_obstacle(page_size, {config_for(head_dim=head_dim).block_k})
 
 
 def ragged_attention(
@@ -172,25 +177,10 @@ def ragged_attention(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Program:
-    """What is static about a program; see `ragged_attention`.
+class _Program(KernelProgram):
+    """What is static about a program; `tokens` are those of a tile, at most."""
 
-    Attributes:
-        tokens: Tokens of a tile, at most.
-        masks_start: Whether a row's visible keys may begin after those that the program reads.
-        interpreted: Whether the GPU is simulated. The simulator cannot reshape references.
-    """
-
-    tokens: int
-    group_size: int
-    head_dim: int
-    page_size: int | None
-    scale: float
-    logits_soft_cap: float | None
-    masks_start: bool
     has_sinks: bool
-    interpreted: bool
-    sizes: KernelConfig
 
     @property
     def rows_shape(self) -> tuple[int, ...]:
@@ -198,16 +188,6 @@ class _Program:
         if self.interpreted:
             return pl.cdiv(ROWS, self.group_size), self.group_size, self.head_dim
         return ROWS, self.head_dim
-
-    @property
-    def copy_rows(self) -> int:
-        """Keys per copy: a page, or a block where pages are larger or there are none."""
-        return min(self.page_size or self.sizes.block_k, self.sizes.block_k)
-
-    @property
-    def copies(self) -> int:
-        """Copies per block of keys."""
-        return self.sizes.block_k // self.copy_rows
 
 
 class _Tile(NamedTuple):
@@ -301,15 +281,11 @@ def _launch(
     inputs += [row_start] if program.masks_start else []
     inputs += [lookup.pages] if lookup.pages is not None else []
     if sinks is not None:
-        logits = jnp.maximum(sinks.astype(jnp.float32) * LOG2E, NEG).reshape(K, program.group_size)
-        inputs += [logits[:, head[0]]]
+        sinks = jnp.maximum(sinks.astype(jnp.float32) * LOG2E, NEG).reshape(K, program.group_size)
+        inputs += [sinks[:, head[0]]]
     lse_ref = jax.new_ref(jnp.zeros((plan.shape[0], K, ROWS), jnp.float32))
 
-    tiled = (
-        plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
-    blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), q.dtype, transforms=tiled)
+    blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), q.dtype, transforms=program.tiled)
     arrived = plgpu.Barrier(num_arrivals=program.copies, num_barriers=sizes.num_stages)
     released = plgpu.Barrier(num_barriers=sizes.num_stages, orders_tensor_core=True)
     step = plgpu.Barrier(orders_tensor_core=True)
@@ -410,58 +386,12 @@ def _kernel(program: _Program, plan_ref, row_end_ref, *refs) -> None:
 
         @pl.when(warpgroup == PRODUCER)
         def _():
-            _produce(program, tile, head, pages_ref, k_ref, v_ref, smem, barriers)
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            produce(program, tile, head, pages_ref, k_ref, v_ref, smem, barriers)
 
         @pl.when(warpgroup == PRODUCTS)
         def _():
             _multiply(program, tile, smem, tmem, barriers)
-
-
-def _produce(
-    program: _Program, tile: _Tile, head, pages_ref, k_ref, v_ref, smem: _Smem, barriers: _Barriers
-) -> None:
-    """Copy the tile's blocks of keys and values, each as soon as its place is free.
-
-    Pages past the sequence's own are not read: the last one is copied in their place, and masked.
-    """
-    sizes, copy_rows, page_size = program.sizes, program.copy_rows, program.page_size
-    block_k, num_stages = sizes.block_k, sizes.num_stages
-    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-
-    def source_row(key):
-        """Where `copy_rows` keys lie on the key axis, the first of them given."""
-        if page_size is None:
-            return tile.key_base + key
-        page = jnp.clip(key // page_size, tile.kv_start // page_size, (tile.kv_end - 1) // page_size)
-        return pages_ref[tile.key_base + page] * page_size + key % page_size
-
-    @pl.loop(0, tile.num_blocks)
-    def _(i):
-        stage = lax.rem(i, jnp.int32(num_stages))
-        first = (tile.begin + i) * block_k
-        sources = [source_row(first + n * copy_rows) for n in range(program.copies)]
-        for ref, place, ready, free in (
-            (k_ref, smem.k, barriers.k_ready, barriers.k_free),
-            (v_ref, smem.v, barriers.v_ready, barriers.v_free),
-        ):
-
-            @pl.when(i >= num_stages)
-            def _(free=free):
-                plgpu.barrier_wait(free.at[stage])
-
-            for n, source in enumerate(sources):
-                plgpu.copy_gmem_to_smem(
-                    ref.at[pl.ds(source, copy_rows), head],
-                    place.at[stage, pl.ds(n * copy_rows, copy_rows)],
-                    ready.at[stage],
-                )
-
-    # The program ends when nobody arrives at a barrier any more.
-    @pl.loop(jnp.maximum(tile.num_blocks - num_stages, 0), tile.num_blocks)
-    def _(i):
-        stage = lax.rem(i, jnp.int32(num_stages))
-        plgpu.barrier_wait(barriers.k_free.at[stage])
-        plgpu.barrier_wait(barriers.v_free.at[stage])
 
 
 def _multiply(program: _Program, tile: _Tile, smem: _Smem, tmem: _Tmem, barriers: _Barriers) -> None:
@@ -487,7 +417,7 @@ def _multiply(program: _Program, tile: _Tile, smem: _Smem, tmem: _Tmem, barriers
         pl.when(i + 1 < tile.num_blocks)(lambda: scores(i + 1))
         stage = stage_of(i)
         plgpu.barrier_wait(barriers.v_ready.at[stage])
-        _clear_strangers(program, tile, smem.v.at[stage], tile.begin + i)
+        clear_strangers(program, tile, smem.v.at[stage], tile.begin + i)
         plgpu.barrier_wait(barriers.weights_ready)
         plgpu.tcgen05_mma(tmem.out, tmem.weights, smem.v.at[stage], accumulate=i > 0)
         plgpu.tcgen05_commit_arrive(barriers.v_free.at[stage])
@@ -533,7 +463,7 @@ def _attend(
 
     plgpu.copy_gmem_to_smem(
         q_ref.at[pl.ds(tile.q_start, program.tokens), heads],
-        _token_rows(program, smem.rows, 0, program.tokens),
+        token_rows(program, smem.rows, 0, program.tokens),
         barriers.q_copied,
     )
     plgpu.barrier_wait(barriers.q_copied)
@@ -544,16 +474,16 @@ def _attend(
 
     def mask(s, first_key):
         key = first_key + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=NATIVE)
-        sees = key < _across(row_end, s.shape)
+        sees = key < across(row_end, s.shape)
         if row_start is not None:
-            sees &= _across(row_start, s.shape) <= key
+            sees &= across(row_start, s.shape) <= key
         return jnp.where(sees, s, NEG)
 
     def rescale_out(factor):
         for part in columns:
             old = plgpu.async_load_tmem(tmem.out.at[:, part], layout=NATIVE)
             plgpu.wait_load_tmem()
-            plgpu.async_store_tmem(tmem.out.at[:, part], old * _across(factor, old.shape))
+            plgpu.async_store_tmem(tmem.out.at[:, part], old * across(factor, old.shape))
 
     def attend_block(i, state):
         row_max, total = state  # the maximum that weights are relative to, and their sum
@@ -562,14 +492,14 @@ def _attend(
         s = plgpu.async_load_tmem(tmem.scores, layout=NATIVE)
         plgpu.wait_load_tmem()
         plgpu.barrier_arrive(barriers.scores_free)
-        s = _logits(program, s)
+        s = logits(program, s)
         sees_all = (tile.all_begin <= j) & (j < tile.all_end)
         s = lax.cond(sees_all, lambda s: s, lambda s: mask(s, j * block_k), s)
         new_max = s.max(axis=1)
         grows = new_max > row_max + GROWTH
         new_max = jnp.where(grows, new_max, row_max)
         rescale = jnp.exp2(row_max - new_max)
-        p = jnp.exp2(s - _across(jnp.maximum(new_max, FLOOR), s.shape))
+        p = jnp.exp2(s - across(jnp.maximum(new_max, FLOOR), s.shape))
         total = total * rescale + p.sum(axis=1)
         any_grows = jnp.where(grows, 1.0, 0.0).max() > 0
 
@@ -593,73 +523,19 @@ def _attend(
     sees_any = row_end > (0 if row_start is None else row_start)
     total = jnp.where(sees_any, total, 1.0)
     lse = jnp.where(sees_any, (row_max + jnp.log2(total)) * (1 / LOG2E), -jnp.inf)
-    _store(lse_ref, lse)
+    store(lse_ref, lse)
     for part in columns:
         out = plgpu.async_load_tmem(tmem.out.at[:, part], layout=NATIVE)
-        out = jnp.where(_across(sees_any, out.shape), out * _across(1.0 / total, out.shape), 0.0)
+        out = jnp.where(across(sees_any, out.shape), out * across(1.0 / total, out.shape), 0.0)
         _store_rows(program, smem.rows, part, out.astype(o_ref.dtype))
-    plgpu.commit_smem()
-    # A copy has a fixed size: as many tokens as there are, in powers of two.
-    done = 0
-    for size in (1 << bit for bit in reversed(range(program.tokens.bit_length()))):
-        here = tile.q_len & size
-
-        @pl.when(here != 0)
-        def _(done=done, size=size):
-            plgpu.copy_smem_to_gmem(
-                _token_rows(program, smem.rows, done, size),
-                o_ref.at[pl.ds(tile.q_start + done, size), heads],
-            )
-
-        done += here
-    plgpu.wait_smem_to_gmem(0)
+    copy_tokens(
+        program, smem.rows, tile.q_len, lambda first, n: o_ref.at[pl.ds(tile.q_start + first, n), heads]
+    )
 
 
 def _row_numbers(ref) -> jax.Array:
     """`[ROWS]`, each number in its row's thread."""
     return plgpu.load(ref, layout=NATIVE.reduce(1), optimized=False)
-
-
-def _across(row_values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Repeat a number per row along the row."""
-    return lax.broadcast_in_dim(row_values, shape, [0])
-
-
-def _logits(program: _Program, products: jax.Array) -> jax.Array:
-    """Scaled, capped products in base 2."""
-    if (cap := program.logits_soft_cap) is None:
-        return products * (program.scale * LOG2E)
-    # tanh(x) = 1 - 2 / (1 + exp(2x)). The GPU's own tanh has eleven bits: under a cap of 50, 2 % of a weight.
-    exp_2x = jnp.exp2(products * (program.scale / cap * 2 * LOG2E))
-    return cap * LOG2E - (2 * cap * LOG2E) / (1.0 + exp_2x)
-
-
-def _clear_strangers(program: _Program, tile: _Tile, v_smem, j) -> None:
-    """Zero the values of block j that belong to no key of the tile.
-
-    Their weights are zero, but what lies there may be NaN, and 0 * NaN is NaN.
-    """
-    block_k, first_key = program.sizes.block_k, j * program.sizes.block_k
-
-    @pl.when((first_key < tile.kv_start) | (tile.kv_end < first_key + block_k))
-    def _():
-        for row in range(0, block_k, 64):  # as many as a layout that tiles can be loaded in
-            for column in range(0, program.head_dim, TILE_COLUMNS):
-                part = v_smem.at[pl.ds(row, 64), pl.ds(column, TILE_COLUMNS)]
-                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
-                key += first_key + row
-                own = (tile.kv_start <= key) & (key < tile.kv_end)
-                part[...] = jnp.where(own, values, jnp.zeros_like(values))
-        plgpu.commit_smem()
-
-
-def _token_rows(program: _Program, rows, first, num_tokens: int):
-    """Some tokens of plain rows, `[num_tokens, G, H]`, as copies take them."""
-    if program.interpreted:
-        return rows.at[pl.ds(first, num_tokens)]
-    G = program.group_size
-    return rows.at[pl.ds(first * G, num_tokens * G)].reshape(num_tokens, G, program.head_dim)
 
 
 def _load_rows(program: _Program, rows, part) -> jax.Array:
@@ -676,12 +552,4 @@ def _store_rows(program: _Program, rows, part, values: jax.Array) -> None:
         padded = jnp.pad(values, ((0, excess), (0, 0)))
         rows[:, :, part] = padded.reshape(*program.rows_shape[:2], COLUMNS)
     else:
-        _store(rows.at[:, part], values)
-
-
-def _store(ref, values: jax.Array) -> None:
-    """Write where banks of shared memory may collide, or to the GPU's memory."""
-    if hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses
-        plgpu.store(ref, values, optimized=False)
-    else:
-        ref[...] = values
+        store(rows.at[:, part], values)

@@ -7,7 +7,8 @@ each consumer attends with 64 rows. A short tile has one consumer. A long one ha
 while one multiplies, the other computes its softmax. Where the keys of a tile are split among programs,
 a second kernel merges their partial results.
 
-Every call that exists only on the Mosaic GPU backend is made in this file (`plgpu`).
+Every call that exists only on the Mosaic GPU backend is made in this file, in `mosaic_parts.py` and in
+`blackwell.py` (`plgpu`).
 """
 
 from __future__ import annotations
@@ -25,45 +26,40 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn_kernels.arrays import Attended, KeyLookup, TileList, VisibleRange
+from jaxattn_kernels.mosaic_parts import (
+    FLOOR,
+    LOG2E,
+    NEG,
+    TILE_ROWS,
+    KernelConfig,
+    KernelProgram,
+    across,
+    clear_strangers,
+    copy_tokens,
+    dtype_obstacle,
+    logits,
+    page_obstacle,
+    produce,
+    store,
+    token_rows,
+)
 
-# Softmax in base 2: the GPU has exp2 and log2, and log2(e) goes into the scale.
-LOG2E = math.log2(math.e)
 INT32_MAX = 2**31 - 1
-# The score of a key that is not seen, finite so that no difference of two of them is NaN.
-NEG = -1e30
-# A row's maximum counts as at least this much, so that of a row that sees nothing exp2(NEG - FLOOR) is 0.
-FLOOR = NEG / 2
 
 ROWS = 64
 """Rows of a consumer, each a pair of a token and a query head: the height of a `wgmma` product."""
-# Shared memory for products is tiled and swizzled. A tile has as many columns as divide a head.
-TILE_ROWS, TILE_COLUMNS = 8, (64, 32, 16)
 HEAD_DIMS = (64, 80, 96, 128, 256)
-DTYPES = ("bfloat16", "float16")
 # A copy that is waited for brings a multiple of 128 bytes, here of 64 numbers.
 COPY_SIZE = 64
 
 MERGED = 32
 """Partial results that a program of the merge loads at once."""
 MAX_PROGRAMS = 2048
-"""Programs of one launch, at most, as for the Triton kernel: beyond them, each takes several units."""
+"""Programs of one launch, at most; beyond them, each takes several units."""
 
 # A multiprocessor has 65,536 registers; the producer needs few of them, and leaves its own to two consumers.
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelConfig:
-    """Sizes of one kernel launch.
-
-    Attributes:
-        block_k: Keys per step of the loop.
-        num_stages: Blocks of keys, and of values, that shared memory holds.
-    """
-
-    block_k: int
-    num_stages: int
 
 
 def config_for(*, num_consumers: int, head_dim: int) -> KernelConfig:
@@ -97,12 +93,8 @@ def obstacle(
         page_size: Tokens per page, or None for packed keys.
         kv_dtype: Element type of keys and values; that of queries where None.
     """
-    name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        return f"dtype {name} is not one of {', '.join(DTYPES)}"
-    kv_name = name if kv_dtype is None else jnp.dtype(kv_dtype).name
-    if kv_name != name:
-        return f"keys are {kv_name} and queries {name}; a product takes both in one type"
+    if reason := dtype_obstacle(dtype, kv_dtype):
+        return reason
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if group_size > ROWS:
@@ -110,14 +102,7 @@ def obstacle(
     rows = tokens_per_consumer(group_size) * group_size
     if rows * head_dim % COPY_SIZE:
         return f"{rows} rows of {head_dim} numbers are no multiple of the {COPY_SIZE} that a copy brings"
-    if page_size is None:
-        return None
-    if page_size % TILE_ROWS:
-        return f"page_size={page_size} is not a multiple of {TILE_ROWS}, the rows of a tile in shared memory"
-    blocks = {config_for(num_consumers=n, head_dim=head_dim).block_k for n in (1, 2)}
-    if any(page_size % block_k and block_k % page_size for block_k in blocks):
-        return f"page_size={page_size} neither divides nor is a multiple of every block of {blocks} keys"
-    return None
+    return page_obstacle(page_size, {config_for(num_consumers=n, head_dim=head_dim).block_k for n in (1, 2)})
 
 
 def ragged_attention(
@@ -175,17 +160,19 @@ def ragged_attention(
     out_ref = jax.new_ref(_blank(q.shape, q.dtype, interpret))
     lse = jnp.full((T, N), jnp.nan, jnp.float32)
     for tile_list in tile_lists:
+        num_consumers = pl.cdiv(tile_list.block_q, tokens_per_consumer(group_size))
         program = _Program(
+            tokens=tokens_per_consumer(group_size),
             group_size=group_size,
             head_dim=head_dim,
-            num_consumers=pl.cdiv(tile_list.block_q, tokens_per_consumer(group_size)),
+            num_consumers=num_consumers,
             page_size=page_size,
             scale=scale,
             logits_soft_cap=logits_soft_cap,
             # Packed keys are read from a multiple of eight on; what lies before the first is masked.
             masks_start=windowed or page_size is None,
             interpreted=interpret is not None,
-            config=config,
+            sizes=config or config_for(num_consumers=num_consumers, head_dim=head_dim),
         )
         lse_of_rows = _launch(program, q, k, v, visible, lookup, tile_list, sinks, out_ref, interpret)
         lse = _lse_of_tokens(program, tile_list, lse_of_rows, lse)
@@ -203,38 +190,10 @@ def _blank(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, interpret: Any) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Program:
-    """What is static about a program; see `ragged_attention`.
+class _Program(KernelProgram):
+    """What is static about a program; `tokens` are those of one consumer."""
 
-    Attributes:
-        masks_start: Whether a row's visible keys may begin after those that the program reads.
-        interpreted: Whether the GPU is simulated. The simulator cannot reshape references, nor see
-            what a `wgmma` product reads.
-    """
-
-    group_size: int
-    head_dim: int
     num_consumers: int
-    page_size: int | None
-    scale: float
-    logits_soft_cap: float | None
-    masks_start: bool
-    interpreted: bool
-    config: KernelConfig | None
-
-    @property
-    def sizes(self) -> KernelConfig:
-        return self.config or config_for(num_consumers=self.num_consumers, head_dim=self.head_dim)
-
-    @property
-    def tile_columns(self) -> int:
-        """Columns of a tile in shared memory."""
-        return next(columns for columns in TILE_COLUMNS if self.head_dim % columns == 0)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per consumer."""
-        return tokens_per_consumer(self.group_size)
 
     @property
     def rows_shape(self) -> tuple[int, ...]:
@@ -242,16 +201,6 @@ class _Program:
         if self.interpreted:
             return pl.cdiv(ROWS, self.group_size), self.group_size
         return (ROWS,)
-
-    @property
-    def copy_rows(self) -> int:
-        """Keys per copy: a page, or a block where pages are larger or there are none."""
-        return min(self.page_size or self.sizes.block_k, self.sizes.block_k)
-
-    @property
-    def copies(self) -> int:
-        """Copies per block of keys."""
-        return self.sizes.block_k // self.copy_rows
 
 
 class _Unit(NamedTuple):
@@ -434,15 +383,11 @@ def _for_each(num_units: int, act: Callable[[Any], None]) -> None:
 def _scratch(program: _Program, dtype, *, is_split: bool) -> tuple[_Smem, _Barriers]:
     """Shared memory and barriers of a program."""
     sizes, consumers, H = program.sizes, program.num_consumers, program.head_dim
-    tiled = (
-        plgpu.TilingTransform((TILE_ROWS, program.tile_columns)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(2 * program.tile_columns),  # pyright: ignore[reportAbstractUsage]
-    )
-    blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), dtype, transforms=tiled)
+    blocks = plgpu.SMEM((sizes.num_stages, sizes.block_k, H), dtype, transforms=program.tiled)
     # Each consumer has its own part of both. The simulator sees a union as one piece, hence races in it.
     rows_or_q = (
         plgpu.SMEM((consumers, *program.rows_shape, H), dtype),
-        plgpu.SMEM((consumers, ROWS, H), dtype, transforms=tiled),
+        plgpu.SMEM((consumers, ROWS, H), dtype, transforms=program.tiled),
     )
     if is_split:
         rows_or_q += (plgpu.SMEM((consumers, *program.rows_shape, H // 2), jnp.float32),)
@@ -565,53 +510,7 @@ def _kernel(program: _Program, refs: _Arguments, smem: _Smem, barriers: _Barrier
     def _():
         if consumers == 2:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        play(lambda u, unit: _produce(program, unit, head, refs, smem, barriers))
-
-
-def _produce(
-    program: _Program, unit: _Unit, head, refs: _Arguments, smem: _Smem, barriers: _Barriers
-) -> None:
-    """Copy the tile's blocks of keys and values, each as soon as its place is free.
-
-    Pages past the sequence's own are not read: the last one is copied in their place, and masked.
-    """
-    sizes, copy_rows, page_size = program.sizes, program.copy_rows, program.page_size
-    block_k, num_stages = sizes.block_k, sizes.num_stages
-
-    def source_row(key):
-        """Where `copy_rows` keys lie on the key axis, the first of them given."""
-        if page_size is None:
-            return unit.key_base + key
-        page = jnp.clip(key // page_size, unit.kv_start // page_size, (unit.kv_end - 1) // page_size)
-        return refs.pages[unit.key_base + page] * page_size + key % page_size
-
-    @pl.loop(0, unit.num_blocks)
-    def _(i):
-        stage = lax.rem(i, jnp.int32(num_stages))
-        first = (unit.begin + i) * block_k
-        sources = [source_row(first + n * copy_rows) for n in range(program.copies)]
-        for ref, place, ready, free in (
-            (refs.k, smem.k, barriers.k_ready, barriers.k_free),
-            (refs.v, smem.v, barriers.v_ready, barriers.v_free),
-        ):
-
-            @pl.when(i >= num_stages)
-            def _(free=free):
-                plgpu.barrier_wait(free.at[stage])
-
-            for n, source in enumerate(sources):
-                plgpu.copy_gmem_to_smem(
-                    ref.at[pl.ds(source, copy_rows), head],
-                    place.at[stage, pl.ds(n * copy_rows, copy_rows)],
-                    ready.at[stage],
-                )
-
-    # The program ends when nobody arrives at a barrier any more.
-    @pl.loop(jnp.maximum(unit.num_blocks - num_stages, 0), unit.num_blocks)
-    def _(i):
-        stage = lax.rem(i, jnp.int32(num_stages))
-        plgpu.barrier_wait(barriers.k_free.at[stage])
-        plgpu.barrier_wait(barriers.v_free.at[stage])
+        play(lambda u, unit: produce(program, unit, head, refs.pages, refs.k, refs.v, smem, barriers))
 
 
 def _consume(
@@ -644,7 +543,7 @@ def _consume(
 
     plgpu.copy_gmem_to_smem(
         refs.q.at[pl.ds(unit.q_start + first_token, program.tokens), heads],
-        _token_rows(program, rows, 0, program.tokens),
+        token_rows(program, rows, 0, program.tokens),
         barriers.q_ready.at[me],
     )
     plgpu.barrier_wait(barriers.q_ready.at[me])
@@ -658,9 +557,9 @@ def _consume(
 
     def mask(s, first_key):
         key = first_key + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-        sees = key < _across(row_end, s.shape)
+        sees = key < across(row_end, s.shape)
         if row_start is not None:
-            sees &= _across(row_start, s.shape) <= key
+            sees &= across(row_start, s.shape) <= key
         return jnp.where(sees, s, NEG)
 
     def attend_block(i, state):
@@ -669,19 +568,21 @@ def _consume(
         plgpu.barrier_wait(barriers.k_ready.at[stage])
         s = _scores(program, q_smem, smem.k.at[stage], while_running=take_turns)
         plgpu.barrier_arrive(barriers.k_free.at[stage])
-        s = _logits(program, s)
+        s = logits(program, s)
         sees_all = (unit.all_begin <= j) & (j < unit.all_end)
         s = lax.cond(sees_all, lambda s: s, lambda s: mask(s, j * block_k), s)
         new_max = jnp.maximum(row_max, s.max(axis=1))
         rescale = jnp.exp2(row_max - new_max)
-        p = jnp.exp2(s - _across(jnp.maximum(new_max, FLOOR), s.shape))
+        p = jnp.exp2(s - across(jnp.maximum(new_max, FLOOR), s.shape))
         total = total * rescale + p.sum(axis=1)
-        acc = acc * _across(rescale, acc.shape)
+        acc = acc * across(rescale, acc.shape)
 
         if program.num_consumers == 2:
             plgpu.barrier_arrive(barriers.turn)
         plgpu.barrier_wait(barriers.v_ready.at[stage])
-        _clear_strangers(program, unit, me, smem.v.at[stage], j)
+        # For both consumers: the second is half a step behind, and multiplies when the first has given up
+        # its turn.
+        clear_strangers(program, unit, smem.v.at[stage], j, mine=me == 0)
         if program.num_consumers == 2:
             plgpu.barrier_wait(barriers.turn)
         acc = _add_values(program, acc, p.astype(refs.q.dtype), smem.v.at[stage])
@@ -704,16 +605,16 @@ def _consume(
         num_kv_heads = refs.sinks.shape[0] - 1
         sink = _row_numbers(refs.sinks.at[jnp.where(unit.is_whole == 1, head, num_kv_heads)])
         rescale, row_max, total = _add_sink(row_max, total, sink)
-    out = acc * _across(rescale / jnp.where(total > 0, total, 1.0), acc.shape)
+    out = acc * across(rescale / jnp.where(total > 0, total, 1.0), acc.shape)
     lse = jnp.where(total > 0, row_max + jnp.log2(total), -jnp.inf)
     num_tokens = jnp.clip(unit.q_len - first_token, 0, program.tokens)
 
     @pl.when(unit.is_whole == 1)
     def _():
-        _store(refs.lse.at[unit.tile, me, head], lse / LOG2E)
+        store(refs.lse.at[unit.tile, me, head], lse / LOG2E)
         _store_rows(program, rows, out.astype(refs.out.dtype))
         begin = unit.q_start + first_token
-        _copy_tokens(program, rows, num_tokens, lambda i, n: refs.out.at[pl.ds(begin + i, n), heads])
+        copy_tokens(program, rows, num_tokens, lambda i, n: refs.out.at[pl.ds(begin + i, n), heads])
 
     if refs.partial is None:
         return
@@ -721,30 +622,14 @@ def _consume(
     @pl.when(unit.is_whole == 0)
     def _():
         (place,), partial = partial_rows, refs.partial.out
-        _store(refs.partial.lse.at[u, me, head], lse)
+        store(refs.partial.lse.at[u, me, head], lse)
         for half in (0, H // 2):  # numbers of 32 bits in the memory of as many of 16
             _store_rows(program, place, out[:, half : half + H // 2])
             columns = pl.ds(half, H // 2)
-            _copy_tokens(
+            copy_tokens(
                 program, place, num_tokens,
                 lambda i, n, columns=columns: partial.at[u, pl.ds(first_token + i, n), heads, columns],
             )  # fmt: skip
-
-
-def _copy_tokens(program: _Program, rows, num_tokens, destination: Callable) -> None:
-    """Copy the first tokens of a consumer's plain rows to `destination(first, number)`."""
-    plgpu.commit_smem()
-    # A copy has a fixed size: as many tokens as there are, in powers of two.
-    done = 0
-    for size in (1 << bit for bit in reversed(range(program.tokens.bit_length()))):
-        here = num_tokens & size
-
-        @pl.when(here != 0)
-        def _(done=done, size=size):
-            plgpu.copy_smem_to_gmem(_token_rows(program, rows, done, size), destination(done, size))
-
-        done += here
-    plgpu.wait_smem_to_gmem(0)
 
 
 def _add_sink(row_max: jax.Array, total: jax.Array, sink: jax.Array) -> tuple[jax.Array, ...]:
@@ -794,9 +679,12 @@ def _merge(program: _Program, refs: _MergeArguments) -> None:
     G, H, head = program.group_size, program.head_dim, lax.axis_index("head")
     room = refs.partial.out.shape[0]
     # A warp has a quarter of a tile's columns, and all of its rows: so sums of rows stay in it. A thread has
-    # neighbouring numbers, four of them where heads are of 64.
+    # four neighbouring numbers, 16 bytes, or two where a quarter is only four columns wide (heads of 80). The
+    # fewer threads a row takes, the more rows a warp has at once.
     quarter = program.tile_columns // 4
-    tiling = plgpu.Tiling(((8, 4 * quarter), (8, quarter), (quarter // 4,)))
+    each = min(4, quarter // 2)
+    rows = 32 * each // quarter
+    tiling = plgpu.Tiling(((rows, 4 * quarter), (rows, quarter), (each,)))
     layout = plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
     def merge_token(w, token):
@@ -820,7 +708,7 @@ def _merge(program: _Program, refs: _MergeArguments) -> None:
             out = jnp.where(mine((MERGED, H), layout), out, 0.0)  # what nobody wrote may be NaN
             new_top = jnp.maximum(top, lse.max())
             weight, rescale = jnp.exp2(lse - new_top), jnp.exp2(top - new_top)
-            weights = plgpu.layout_cast(_across(weight, (MERGED, H)), layout)
+            weights = plgpu.layout_cast(across(weight, (MERGED, H)), layout)
             acc = acc * rescale + (out * weights).sum(axis=0)
             return acc, new_top, total * rescale + weight.sum()
 
@@ -831,7 +719,7 @@ def _merge(program: _Program, refs: _MergeArguments) -> None:
         if refs.sinks is not None:
             rescale, top, total = _add_sink(top, total, refs.sinks[head])
         out = acc * (rescale / jnp.where(total > 0, total, 1.0))
-        _store(refs.out.at[refs.q_start[w] + token, head], out.astype(refs.out.dtype))
+        store(refs.out.at[refs.q_start[w] + token, head], out.astype(refs.out.dtype))
         refs.lse[w, me, head // G, row] = jnp.where(total > 0, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
 
     @functools.partial(_for_each, refs.q_len.shape[0])
@@ -844,20 +732,6 @@ def _merge(program: _Program, refs: _MergeArguments) -> None:
 def _row_numbers(ref) -> jax.Array:
     """`[ROWS]`, each number where the row of a product lies."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-
-
-def _across(row_values: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Repeat a number per row along the row."""
-    return lax.broadcast_in_dim(row_values, shape, [0])
-
-
-def _logits(program: _Program, products: jax.Array) -> jax.Array:
-    """Scaled, capped products in base 2."""
-    if (cap := program.logits_soft_cap) is None:
-        return products * (program.scale * LOG2E)
-    # tanh(x) = 1 - 2 / (1 + exp(2x)). The GPU's own tanh has eleven bits: under a cap of 50, 2 % of a weight.
-    exp_2x = jnp.exp2(products * (program.scale / cap * 2 * LOG2E))
-    return cap * LOG2E - (2 * cap * LOG2E) / (1.0 + exp_2x)
 
 
 def _scores(program: _Program, q_smem, k_smem, while_running: Callable[[], None]) -> jax.Array:
@@ -888,36 +762,6 @@ def _simulated_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _clear_strangers(program: _Program, unit: _Unit, me, v_smem, j) -> None:
-    """Zero the values of block j that belong to no key of the tile.
-
-    Their weights are zero, but what lies there may be NaN, and 0 * NaN is NaN. The first consumer does
-    it for both: the second is half a step behind, and multiplies when the first has given up its turn.
-    """
-    block_k, first_key = program.sizes.block_k, j * program.sizes.block_k
-    has_strangers = (first_key < unit.kv_start) | (unit.kv_end < first_key + block_k)
-
-    @pl.when(has_strangers & (me == 0))
-    def _():
-        for row in range(0, block_k, ROWS):
-            for column in range(0, program.head_dim, program.tile_columns):
-                part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, program.tile_columns)]
-                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
-                key += first_key + row
-                own = (unit.kv_start <= key) & (key < unit.kv_end)
-                part[...] = jnp.where(own, values, jnp.zeros_like(values))
-        plgpu.commit_smem()
-
-
-def _token_rows(program: _Program, rows, first, num_tokens: int):
-    """Some tokens of a consumer's plain rows, `[num_tokens, G, H]`, as copies take them."""
-    if program.interpreted:
-        return rows.at[pl.ds(first, num_tokens)]
-    G = program.group_size
-    return rows.at[pl.ds(first * G, num_tokens * G)].reshape(num_tokens, G, rows.shape[-1])
-
-
 def _load_rows(program: _Program, rows) -> jax.Array:
     """`[ROWS, H]` of a consumer's plain rows."""
     if program.interpreted:
@@ -931,12 +775,4 @@ def _store_rows(program: _Program, rows, values: jax.Array) -> None:
         excess = math.prod(program.rows_shape) - ROWS
         rows[...] = jnp.pad(values, ((0, excess), (0, 0))).reshape(rows.shape)
     else:
-        _store(rows, values)
-
-
-def _store(ref, values: jax.Array) -> None:
-    """Write, also where threads do not write neighbouring numbers, or not to different banks."""
-    if hasattr(plgpu, "store"):  # since 0.12, which otherwise refuses it
-        plgpu.store(ref, values, optimized=False)
-    else:
-        ref[...] = values
+        store(rows, values)
