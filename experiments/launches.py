@@ -36,7 +36,8 @@ from jaxattn.batch import DEFAULT_GRID
 from jaxattn.cases import SERVING, Workload, nest_workload, random_page_tables
 from jaxattn.consumers import triton_tiling
 from jaxattn.schedule import Tiles
-from jaxattn_kernels.triton import MAX_PROGRAMS, KernelConfig, config_for
+from jaxattn_kernels.triton import config_for
+from jaxattn_kernels.triton_parts import MAX_PROGRAMS, KernelConfig
 
 RESULTS = Path(__file__).parent / "results" / "launches.json"
 SPEC = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128)

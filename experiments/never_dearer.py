@@ -72,7 +72,7 @@ BUCKETS = {
 
 PAGE_SIZE = 16
 TABLE_WIDTH = 16
-IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
+READERS = ("reference", "xla", "triton", "triton_gradient", "mosaic")
 
 
 def window_classes(layers: Layers) -> Layers:
@@ -259,7 +259,7 @@ def matrix(buckets: Sequence[str] = tuple(BUCKETS)) -> list[dict[str, Any]]:
         for paged in (True, False):
             batch = empty_batch(BUCKETS[bucket], paged=paged)
             for name, layers in LAYERS.items():
-                for consumer in IMPLEMENTATIONS:
+                for consumer in READERS:
                     case = {"bucket": bucket, "paged": paged, "layers": name, "consumer": consumer}
                     costs = {k: program_cost(p) for k, p in programs(consumer, layers, batch).items()}
                     rows.append(case | {key: cost._asdict() for key, cost in costs.items()})

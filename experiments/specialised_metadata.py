@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import AttentionMetadata, AttentionSpec, RaggedBatch
-from jaxattn.consumers import mosaic_tiling, triton_tiling, xla_tiling
+from jaxattn.consumers import KEY_BLOCK, mosaic_tiling, triton_tiling, xla_tiling
 from jaxattn.schedule import Tiling
 from jaxattn.spec import Visibility, WindowClass
 
@@ -237,6 +237,7 @@ def _tile_reader(
 
 # A list of tiles is one field: its parts are prepared together, also the count that only one reader uses.
 TILE = ("seq", "q_start", "q_len", "kv_start", "kv_end", "num_attending", "num_live")
+KEYS = ("seq", "kv_start", "kv_end", "q_start", "q_end", "num_live")
 SPLIT = ("tile", "kv_start", "kv_end", "indptr")
 
 
@@ -268,6 +269,29 @@ def mosaic_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
     return _tile_reader(batch, specs, mosaic_tiling)
 
 
+def triton_gradient_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
+    """What `jaxattn.triton_gradient` reads."""
+    specs = tuple(specs)
+    found, tokens = triton_arrays(batch, specs), _tokens(batch)
+    lens = batch.kv_lens if batch.page_size is None else _room(batch)
+    W = _most_tiles(_keys(batch), batch.bucket.seqs, KEY_BLOCK, 1)
+    ends = jnp.cumsum((lens + KEY_BLOCK - 1) // KEY_BLOCK, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    tile = _count(W)
+    live = tile < ends[-1]
+    seq = jnp.where(live, _segments(ends, W), 0)
+    first = jnp.where(live, (tile - starts[seq]) * KEY_BLOCK, 0)
+    end = jnp.where(live, jnp.minimum(first + KEY_BLOCK, lens[seq]), 0)
+    own = starts.at[tokens.seq].get(mode="fill", fill_value=W)
+    for i in range(len(specs)):
+        begins = own + found[f"kv_start/{i}"] // KEY_BLOCK
+        past = own + (found[f"kv_end/{i}"] + KEY_BLOCK - 1) // KEY_BLOCK
+        tiles = {"seq": seq, "kv_start": first, "kv_end": end, "num_live": ends[-1]}
+        tiles |= {"q_start": _segments(past, W), "q_end": _segments(begins, W)}
+        found |= {f"keys.{name}/{i}": array for name, array in tiles.items()}
+    return found
+
+
 def write_cache_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec] = ()) -> Arrays:
     """What writing keys into their pages reads."""
     del specs
@@ -294,11 +318,17 @@ def decoder_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays
     return found
 
 
-TILINGS = {"xla": xla_tiling, "triton": triton_tiling, "mosaic": mosaic_tiling}
+TILINGS = {
+    "xla": xla_tiling,
+    "triton": triton_tiling,
+    "triton_gradient": triton_tiling,
+    "mosaic": mosaic_tiling,
+}
 SPECIALISED: dict[str, Callable[[RaggedBatch, Iterable[AttentionSpec]], Arrays]] = {
     "reference": reference_arrays,
     "xla": xla_arrays,
     "triton": triton_arrays,
+    "triton_gradient": triton_gradient_arrays,
     "mosaic": mosaic_arrays,
     "write_cache": write_cache_arrays,
     "decoder": decoder_arrays,
@@ -336,6 +366,9 @@ def read_by(consumer: str, metadata: AttentionMetadata, specs: Iterable[Attentio
             found |= {} if tiles.order is None else {f"{kind}.order/{i}": tiles.order}
             if tiles.split is not None:
                 found |= {f"{kind}.split.{name}/{i}": getattr(tiles.split, name) for name in SPLIT}
+        if consumer == "triton_gradient":
+            keys = visible.key_tiles_of(KEY_BLOCK)
+            found |= {f"keys.{name}/{i}": getattr(keys, name) for name in KEYS}
     return found
 
 

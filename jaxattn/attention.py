@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxattn import mosaic, reference, triton, xla
+from jaxattn import gradients, mosaic, reference, triton, triton_gradient, xla, xla_gradient
 from jaxattn.batch import INT32_MAX
 from jaxattn.cache import QUANTIZED_DTYPES, check_scales
 from jaxattn.choice import Choice, choose, describe_device
 from jaxattn.choice_table import PHASES, Device, Layer, Table, tables
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.triton import MAX_HEAD_DIM
+from jaxattn_kernels.triton_parts import MAX_HEAD_DIM
 
 IMPLEMENTATIONS = {
     "reference": reference.attend,
@@ -26,6 +26,13 @@ IMPLEMENTATIONS = {
     "triton": triton.attend,
     "mosaic": mosaic.attend,
 }
+
+GRADIENTS: dict[str, gradients.Backward] = {
+    "xla": xla_gradient.attend_backward,
+    "triton": triton_gradient.attend_backward,
+    "mosaic": triton_gradient.attend_backward,
+}
+"""What goes backward through an implementation that JAX cannot differentiate."""
 
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
@@ -79,6 +86,10 @@ def attention(
 ) -> Float[Array, "T N H"] | tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of a ragged batch over keys in a paged cache, or packed beside the queries.
 
+    Differentiable in reverse mode with respect to `q`, `k`, `v` and `sinks`; of metadata that were prepared
+    for `consumers`, the Triton kernels' gradient reads those of "triton_gradient". `reference` is also
+    differentiable forward, and twice.
+
     Args:
         q: `[T, N, H]` Queries of all sequences, packed along one axis.
         k: Keys: for a batch nested with page tables, the pages `[pages, page_size, K, H]` of the
@@ -113,9 +124,7 @@ def attention(
     sinks = None if sinks is None else jnp.asarray(sinks)
     _validate(q, k, v, metadata, spec)
     _validate_sinks(sinks, spec)
-    options: dict[str, Any] = {"sinks": sinks}
-    if (scales := check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)) is not None:
-        options["kv_scales"] = scales
+    scales = check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)
     device = describe_device()
     if implementation == "auto":
         layer = Layer(phase_of(metadata), q.dtype.name, k.dtype.name, spec.head_dim, metadata.page_size)
@@ -127,15 +136,18 @@ def attention(
         raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
     if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype, k.dtype, device, k.size)):
         raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
+    attend = IMPLEMENTATIONS[implementation]
     if implementation == "mosaic":  # without a GPU it can still be exported
-        options["capability"] = device.compute_capability
-        if obstacle := mosaic.obstacle(
-            spec, q.dtype, k.dtype, metadata.page_size, capability=device.compute_capability
-        ):
+        capability = device.compute_capability
+        if found := mosaic.obstacle(spec, q.dtype, k.dtype, metadata.page_size, capability=capability):
             raise NotImplementedError(
-                f"implementation='mosaic' cannot serve this layer: {obstacle}; use 'triton'"
+                f"implementation='mosaic' cannot serve this layer: {found}; use 'triton'"
             )
-    out, lse = IMPLEMENTATIONS[implementation](q, k, v, metadata, spec, **options)
+        attend = functools.partial(attend, capability=capability)
+    if implementation in GRADIENTS:
+        out, lse = gradients.attend(attend, GRADIENTS[implementation], spec, q, k, v, metadata, sinks, scales)
+    else:  # JAX differentiates it
+        out, lse = attend(q, k, v, metadata, spec, sinks=sinks, kv_scales=scales)
     return (out, lse) if return_lse else out
 
 

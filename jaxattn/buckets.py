@@ -42,6 +42,10 @@ class Bucket:
         seqs = self.seqs if seqs is None else seqs
         return Bucket(tokens=seqs, seqs=seqs, pages=self.pages, max_q_len=1)
 
+    def max_keys(self, page_size: int | None) -> int:
+        """The most keys that all sequences have together, in pages or packed beside their queries."""
+        return self.tokens if page_size is None else self.pages * page_size
+
     def require(self, *, tokens: int, seqs: int, pages: int, max_q_len: int) -> None:
         """Check that a batch of these sizes fits.
 

@@ -23,6 +23,7 @@ class Consumer:
         tiling: How it wants the query axis cut for a layer; None where it reads no schedule.
         reads_paged: Fields it reads besides, of a batch with pages.
         reads_unpaged: Fields it reads besides, of a batch without.
+        key_block: Keys per tile of the transposed list; None where it does not read it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Consumer:
     tiling: Callable[[AttentionSpec], Tiling] | None = None
     reads_paged: frozenset[str] = frozenset()
     reads_unpaged: frozenset[str] = frozenset()
+    key_block: int | None = None
 
     def reads_of(self, is_paged: bool) -> frozenset[str]:
         """All that it reads of a batch with or without pages."""
@@ -68,6 +70,9 @@ def mosaic_tiling(spec: AttentionSpec) -> Tiling:
     return Tiling(short_q, 2 * short_q, _split_keys(spec, short_q), longest_first=True)
 
 
+KEY_BLOCK = 64
+"""Keys per tile of the transposed list, from which gradients of keys and values are computed."""
+
 _RANGES = frozenset({"kv_start", "kv_end"})
 _TILES = _RANGES | {"schedules"}
 _PAGES = frozenset({"page_indptr", "page_list"})
@@ -84,6 +89,14 @@ CONSUMERS = {
         Consumer("xla", _TILES, xla_tiling, _PAGES, frozenset({"cu_kv_lens"})),
         Consumer("triton", _TILES, triton_tiling, _PAGES, frozenset({"cu_kv_lens"})),
         Consumer("mosaic", _TILES, mosaic_tiling, _PAGES, frozenset({"cu_kv_lens"})),
+        Consumer(
+            "triton_gradient",
+            _TILES | {"key_tiles"},
+            triton_tiling,
+            _PAGES,
+            frozenset({"cu_kv_lens"}),
+            KEY_BLOCK,
+        ),
         Consumer("write_cache", frozenset({"slot_mapping"})),
         Consumer("decoder", frozenset({"slot_mapping", "logits_indices", "rope_tables"})),
     )

@@ -17,7 +17,7 @@ from jaxattn.cascade import Cascade
 from jaxattn.consumers import CONSUMERS
 from jaxattn.fields import FieldInfo, field_table
 from jaxattn.metadata import AttentionMetadata, VisibleKeys
-from jaxattn.schedule import SplitPlan, Tiles
+from jaxattn.schedule import KeyTiles, SplitPlan, Tiles
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("`RaggedBatch`, what the host sends", RaggedBatch),
@@ -25,6 +25,7 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("`VisibleKeys`, once per window class", VisibleKeys),
     ("`Tiles`, once per list of a schedule", Tiles),
     ("`SplitPlan`, where a tiling splits keys", SplitPlan),
+    ("`KeyTiles`, for gradients of keys", KeyTiles),
     ("`Cascade`, of shared prefixes", Cascade),
 )
 

@@ -24,7 +24,14 @@ from jaxattn.cascade import Cascade, find_cascade
 from jaxattn.consumers import CONSUMERS, Consumer, resolve_consumers
 from jaxattn.fields import MissingFieldError, Prepared, fields_of, metadata_field
 from jaxattn.rope import RopeConfig, RopeTables, rope_tables
-from jaxattn.schedule import TileSchedule, Tiling, schedule_tiles, segment_of
+from jaxattn.schedule import (
+    KeyTiles,
+    TileSchedule,
+    Tiling,
+    schedule_key_tiles,
+    schedule_tiles,
+    segment_of,
+)
 from jaxattn.spec import AttentionSpec, Visibility
 
 # What a field may need to exist (`metadata_field(needs=...)`).
@@ -61,7 +68,6 @@ class VisibleKeys(Prepared):
     def schedules(self) -> tuple[TileSchedule, ...]:
         """Which program attends with which query tokens to which keys; one schedule per tiling."""
         batch = self._step.step.batch
-        page_size = batch.page_size
         return tuple(
             schedule_tiles(
                 batch.bucket,
@@ -70,10 +76,26 @@ class VisibleKeys(Prepared):
                 token_to_seq=self._step.step.token_to_seq,
                 kv_start=self.kv_start,
                 kv_end=self.kv_end,
-                max_keys=batch.bucket.tokens if page_size is None else batch.bucket.pages * page_size,
+                max_keys=batch.bucket.max_keys(batch.page_size),
                 span=self.window_class.span,
             )
             for tiling in self._step.tilings
+        )
+
+    @metadata_field()
+    def key_tiles(self) -> tuple[KeyTiles, ...]:
+        """Tiles of keys with the queries that see them, for gradients; one list per length of a tile."""
+        batch = self._step.step.batch
+        return tuple(
+            schedule_key_tiles(
+                block_k,
+                stored_lens=self._step.step._stored_lens,
+                token_to_seq=self._step.step.token_to_seq,
+                kv_start=self.kv_start,
+                kv_end=self.kv_end,
+                max_keys=batch.bucket.max_keys(batch.page_size),
+            )
+            for block_k in self._step.key_blocks
         )
 
     @property
@@ -81,6 +103,21 @@ class VisibleKeys(Prepared):
         """Itself, which a formula reads only while it is being prepared."""
         assert isinstance(self, _PreparingVisible)
         return self
+
+    def key_tiles_of(self, block_k: int) -> KeyTiles:
+        """The tiles of `block_k` keys.
+
+        Raises:
+            MissingFieldError: If `prepare_metadata` was not asked for them.
+        """
+        for tiles in self.key_tiles:
+            if tiles.block_k == block_k:
+                return tiles
+        have = [tiles.block_k for tiles in self.key_tiles]
+        raise MissingFieldError(
+            f"field 'key_tiles' holds none of {block_k} keys for {self.window_class}, only {have}; "
+            "give prepare_metadata the layer's spec and the consumer 'triton_gradient'"
+        )
 
     def schedule(self, tiling: Tiling) -> TileSchedule:
         """The schedule of a tiling.
@@ -267,9 +304,9 @@ class AttentionMetadata(Prepared):
         """Visible ranges and schedules; one entry per distinct window class."""
         return tuple(
             _PreparingVisible(
-                values={}, window_class=window_class, step=self._step, tilings=tilings
+                values={}, window_class=window_class, step=self._step, tilings=tilings, key_blocks=key_blocks
             ).prepared()
-            for window_class, tilings in self._step.request.classes
+            for window_class, tilings, key_blocks in self._step.request.classes
         )
 
     # Shared by several fields, and of no use to others.
@@ -367,14 +404,15 @@ class _Request(NamedTuple):
 
     Attributes:
         fields: Names to prepare, of both `Prepared` classes and of `derive`.
-        classes: The distinct window classes, each with the distinct tilings wanted.
+        classes: The distinct window classes, each with the distinct tilings, and lengths of tiles of keys,
+            that are wanted.
         ropes: The distinct pairs of a rope and a head dim.
         max_pages_per_seq: Columns of `page_indices`.
         derive: Fields of the caller's own.
     """
 
     fields: tuple[str, ...]
-    classes: tuple[tuple[Visibility, tuple[Tiling, ...]], ...]
+    classes: tuple[tuple[Visibility, tuple[Tiling, ...], tuple[int, ...]], ...]
     ropes: tuple[tuple[RopeConfig, int], ...]
     max_pages_per_seq: int | None
     derive: tuple[tuple[str, Callable[[AttentionMetadata], Array]], ...]
@@ -407,6 +445,7 @@ class _PreparingVisible(VisibleKeys):
 
     step: _Preparing
     tilings: tuple[Tiling, ...]
+    key_blocks: tuple[int, ...]
 
     def _missing(self, name: str) -> Any:
         self.values[name] = value = getattr(type(self), name).derive(self)
@@ -537,15 +576,21 @@ def _existing(
 
 def _window_classes(
     specs: tuple[AttentionSpec, ...], readers: tuple[Consumer, ...]
-) -> tuple[tuple[Visibility, tuple[Tiling, ...]], ...]:
-    """The distinct window classes in order, each with the distinct tilings that its readers want."""
-    wanted: dict[Visibility, dict[Tiling, None]] = {}  # ordered sets: equal inputs, equal programs
+) -> tuple[tuple[Visibility, tuple[Tiling, ...], tuple[int, ...]], ...]:
+    """The distinct window classes in order, each with the distinct tilings and key blocks of its readers."""
+    # Ordered sets: equal inputs, equal programs.
+    wanted: dict[Visibility, tuple[dict[Tiling, None], dict[int, None]]] = {}
     for spec in specs:
-        tilings = wanted.setdefault(spec.window_class, {})
+        tilings, key_blocks = wanted.setdefault(spec.window_class, ({}, {}))
         for reader in readers:
             if reader.tiling is not None:
                 tilings[reader.tiling(spec)] = None
-    return tuple((window_class, tuple(tilings)) for window_class, tilings in wanted.items())
+            if reader.key_block is not None:
+                key_blocks[reader.key_block] = None
+    return tuple(
+        (window_class, tuple(tilings), tuple(key_blocks))
+        for window_class, (tilings, key_blocks) in wanted.items()
+    )
 
 
 def _prefix_sums(lens: Int32[Array, " R"]) -> Int32[Array, " R_plus_1"]:

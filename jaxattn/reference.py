@@ -28,7 +28,8 @@ def attend(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend by the definition, with every score of every token and key in memory.
 
-    Computes in float32, or in float64 for float64 inputs. Differentiable.
+    Computes in float32, or in float64 for float64 inputs. Differentiable,
+    forward too.
 
     Args:
         q: Queries, packed.
@@ -73,6 +74,7 @@ def attend(
     sink = None if sinks is None else sinks.astype(dtype).reshape(spec.num_kv_heads, spec.group_size, 1, 1)
     if sink is not None:
         row_max = jnp.maximum(row_max, sink)
+    row_max = lax.stop_gradient(row_max)  # nothing depends on it but for rounding
     weights = jnp.where(sees, jnp.exp(scores - row_max), 0)
     total = weights.sum(axis=-1, keepdims=True)
     if sink is not None:  # a token that sees no key has no sink either
@@ -81,7 +83,9 @@ def attend(
     total = jnp.where(seen, total, 1)
     out = jnp.einsum("kgts,skh->tkgh", weights / total, v, precision=lax.Precision.HIGHEST)
     lse = jnp.where(seen, row_max + jnp.log(total), -jnp.inf)
-    return out.reshape(T, N, H).astype(q.dtype), lse.transpose(2, 0, 1, 3).reshape(T, N)
+    # Padding is 0 anyway; what it is handed as a gradient may be anything, too.
+    out = jnp.where((metadata.token_to_seq < R)[:, None, None], out.reshape(T, N, H), 0)
+    return out.astype(q.dtype), lse.transpose(2, 0, 1, 3).reshape(T, N)
 
 
 def _live_pages(

@@ -116,6 +116,28 @@ class TileSchedule:
         return (self.short,) if self.long is None else (self.short, self.long)
 
 
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyTiles:
+    """The transposed list, for gradients of keys: W tiles of the key axis, and which queries see them.
+
+    Every key of every sequence stands in exactly one tile; tiles begin at multiples of `block_k` from
+    their sequence's first key. Live tiles stand first; the rest have no keys. The queries that see some
+    key of a tile are neighbours, since ranges never decrease within a sequence.
+    """
+
+    seq: Int32[Array, " W"] = described("row of the tile's sequence; 0 for a dead tile")
+    kv_start: Int32[Array, " W"] = described("first key of the tile, as a position in the sequence")
+    kv_end: Int32[Array, " W"] = described("one past its last key; equal to `kv_start` for a dead tile")
+    q_start: Int32[Array, " W"] = described(
+        "first query token that sees a key of the tile, on the packed token axis", "q_indices of a block mask"
+    )
+    q_end: Int32[Array, " W"] = described("one past the last such token")
+    num_live: Int32[Array, ""] = described("tiles with keys")
+    block_k: int = field(metadata={"static": True})
+
+
 def segment_of(ends: Int32[Array, " S"], length: int) -> Int32[Array, " length"]:
     """The segment of each index 0..length-1, given ascending segment ends; S past the last end.
 
@@ -213,6 +235,47 @@ def schedule_tiles(
     short = cut(is_short, tiling.short_q, min(T, R + 1))
     long = cut(~is_short, tiling.long_q, tile_bound(T, R + 1, tiling.long_q, min_q=tiling.short_q + 1))
     return TileSchedule(short=with_split(short, tiling.split_keys), long=with_order(long), tiling=tiling)
+
+
+def schedule_key_tiles(
+    block_k: int,
+    *,
+    stored_lens: Int32[Array, " R"],
+    token_to_seq: Int32[Array, " T"],
+    kv_start: Int32[Array, " T"],
+    kv_end: Int32[Array, " T"],
+    max_keys: int,
+) -> KeyTiles:
+    """Cut the key axis of a batch into tiles, and find the queries that see each.
+
+    Args:
+        block_k: Keys per tile.
+        stored_lens: Keys of each sequence that have a place.
+        token_to_seq: Row of each token; R for padding.
+        kv_start: First visible key of each token; within a sequence it never decreases.
+        kv_end: One past the last visible key of each token; within a sequence it never decreases.
+        max_keys: The most keys that all sequences have together (static).
+    """
+    num_tiles = tile_bound(max_keys, stored_lens.shape[0], block_k)
+    tile_ends = jnp.cumsum((stored_lens + (block_k - 1)) // block_k, dtype=jnp.int32)
+    tile_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), tile_ends[:-1]])
+    tile = jnp.arange(num_tiles, dtype=jnp.int32)
+    live = tile < tile_ends[-1]
+    seq = jnp.where(live, segment_of(tile_ends, num_tiles), 0)
+    start = jnp.where(live, (tile - tile_starts[seq]) * block_k, 0)
+    # A token sees tiles from that of its first key to that of its last. Both rise along the token axis, so
+    # the tokens that begin too late, and those that end too early, are counted by a histogram.
+    first_tile = tile_starts.at[token_to_seq].get(mode="fill", fill_value=num_tiles)
+    begins, ends = first_tile + kv_start // block_k, first_tile + (kv_end + (block_k - 1)) // block_k
+    return KeyTiles(
+        seq=seq,
+        kv_start=start,
+        kv_end=jnp.where(live, jnp.minimum(start + block_k, stored_lens[seq]), 0),
+        q_start=segment_of(ends, num_tiles),
+        q_end=segment_of(begins, num_tiles),
+        num_live=tile_ends[-1],
+        block_k=block_k,
+    )
 
 
 def _longest_first(tiles: Tiles) -> Int32[Array, " W"]:

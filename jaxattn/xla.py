@@ -69,11 +69,10 @@ def attend(
     k, v = k.reshape(-1, *k.shape[-2:]), v.reshape(-1, *v.shape[-2:])
 
     # Tiles may reach past the last token: their rows lie in padding that is cut off again.
-    T, N, H = q.shape
+    T = q.shape[0]
     margin = max(tiles.block_q for tiles in schedule.lists)
-    out = jnp.zeros((T + margin, N, H), q.dtype)
-    lse = jnp.full((T + margin, N), -jnp.inf, softmax_dtype(q.dtype))
     q = jnp.pad(q, ((0, margin), (0, 0), (0, 0)))
+    out, lse = jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, softmax_dtype(q.dtype))
     for tiles, block_k in zip(schedule.lists, (SHORT_BLOCK_K, LONG_BLOCK_K), strict=False):
         out, lse = _attend_tiles(
             out, lse, q, k, v, tiles, visible, spec, sinks, kv_scales, block_k=block_k, slots_of=slots_of
@@ -120,7 +119,7 @@ def _attend_tiles(
 
     def attend_tile(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         seq, q_start, kv_begin, kv_end = tiles.seq[i], tiles.q_start[i], tiles.kv_start[i], tiles.kv_end[i]
-        in_tile = jnp.arange(block_q) < tiles.q_len[i]
+        in_tile = jnp.arange(block_q, dtype=jnp.int32) < tiles.q_len[i]
         # Rows of one key head: block_q tokens times the G heads that share it.
         q_tile = rows(q, q_start).reshape(block_q, K, G, H).transpose(1, 0, 2, 3).reshape(K, block_q * G, H)
         first = jnp.repeat(jnp.where(in_tile, rows(row_start, q_start), 0), G)
@@ -133,7 +132,7 @@ def _attend_tiles(
             k_block = k.at[slots].get(mode="clip").astype(q.dtype)
             # Outside the range lies another sequence's key, or NaN: 0 * NaN is NaN.
             v_block = jnp.where(in_range[:, None, None], v.at[slots].get(mode="clip").astype(q.dtype), 0)
-            scores = _product("krh,skh->krs", q_tile, k_block, dtype)
+            scores = product("krh,skh->krs", q_tile, k_block, dtype)
             scores = scores * spec.softmax_scale
             if kv_scales is not None:
                 scores = scores * kv_scales.k.astype(dtype)[:, None, None]
@@ -143,9 +142,9 @@ def _attend_tiles(
             return _update(state, jnp.where(sees[None], scores, NEG), sees, v_block)
 
         state = _Softmax(
-            acc=jnp.zeros((K, block_q * G, H), dtype),
-            max=jnp.full((K, block_q * G), NEG, dtype),
-            total=jnp.zeros((K, block_q * G), dtype),
+            acc=jnp.zeros_like(q_tile, dtype),
+            max=jnp.full_like(q_tile[..., 0], NEG, dtype),
+            total=jnp.zeros_like(q_tile[..., 0], dtype),
         )
         if sinks is not None:  # a key that comes first, and whose value is 0
             sink = jnp.tile(sinks.astype(dtype).reshape(K, G), (1, block_q))
@@ -180,7 +179,7 @@ def _update(
     new_max = jnp.maximum(state.max, scores.max(axis=-1))
     rescale = jnp.exp(state.max - new_max)
     weights = jnp.where(sees[None], jnp.exp(scores - new_max[..., None]), 0)
-    values = _product("krs,skh->krh", weights.astype(v_block.dtype), v_block, scores.dtype)
+    values = product("krs,skh->krh", weights.astype(v_block.dtype), v_block, scores.dtype)
     return _Softmax(
         acc=state.acc * rescale[..., None] + values,
         max=new_max,
@@ -188,7 +187,8 @@ def _update(
     )
 
 
-def _product(equation: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+def product(equation: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """`jnp.einsum`, accumulated in `dtype`."""
     # Full float32 products: on a GPU the default for float32 rounds to 10 bits of mantissa.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=dtype)

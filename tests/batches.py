@@ -7,10 +7,11 @@ and blocks of keys begin and end everywhere in them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,15 +30,19 @@ from jaxattn import (
     CONSUMERS,
     AttentionSpec,
     Bucket,
+    Consumer,
     PagedKVCache,
     RaggedBatch,
     attention,
     nest_sequences,
     prepare_metadata,
+    triton_gradient,
     write_cache,
     xla,
+    xla_gradient,
 )
 from jaxattn.cases import Workload
+from jaxattn.consumers import KEY_BLOCK
 from jaxattn.schedule import Tiling
 
 PAGE_SIZE = 4
@@ -62,11 +67,13 @@ WINDOW = dataclasses.replace(GQA, sliding_window=7)
 TWO_SIDED = dataclasses.replace(GQA, causal=False, logits_soft_cap=2.0)
 SPECS = (GQA, MQA, SELF_ONLY, WINDOW, TWO_SIDED)
 
-# The XLA implementation attends to these layers in tiles and blocks that are smaller than the batches.
+# To these layers, tiles and blocks are smaller than the batches.
 SMALL_TILES = (MQA, WINDOW)
 _SMALL_TILING = Tiling(short_q=1, long_q=4)
 _SMALL_BLOCKS = {"SHORT_BLOCK_K": 8, "LONG_BLOCK_K": 16, "xla_tiling": lambda spec: _SMALL_TILING}
 _SMALL_XLA = dataclasses.replace(CONSUMERS["xla"], tiling=lambda spec: _SMALL_TILING)
+_SMALL_KEY_BLOCK = 16
+_SMALL_TRITON = dataclasses.replace(CONSUMERS["triton_gradient"], key_block=_SMALL_KEY_BLOCK)
 
 INT32_MAX = int(np.iinfo(np.int32).max)
 Rows = list[np.ndarray]
@@ -212,15 +219,27 @@ def lay_out(
     return pages
 
 
+@contextlib.contextmanager
+def tiles_for(implementation: str, spec: AttentionSpec) -> Iterator[tuple[str | Consumer, ...]]:
+    """While a program is traced: the tiles that are tested, and who reads the metadata, gradients too."""
+    small = spec in SMALL_TILES
+    with pytest.MonkeyPatch.context() as patch:
+        if small and implementation == "xla":
+            for name, value in _SMALL_BLOCKS.items():
+                patch.setattr(xla, name, value)
+                patch.setattr(xla_gradient, name, value)
+            yield (_SMALL_XLA,)
+        elif implementation == "triton":
+            patch.setattr(triton_gradient, "KEY_BLOCK", _SMALL_KEY_BLOCK if small else KEY_BLOCK)
+            yield (_SMALL_TRITON if small else "triton_gradient",)
+        else:
+            yield (implementation,)
+
+
 @functools.cache
 def _program(implementation: str, spec: AttentionSpec) -> Callable[..., jax.Array]:
-    in_small_tiles = implementation == "xla" and spec in SMALL_TILES
-
     def attend(batch: RaggedBatch, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (_SMALL_BLOCKS if in_small_tiles else {}).items():
-                patch.setattr(xla, name, value)
-            consumers = _SMALL_XLA if in_small_tiles else implementation
+        with tiles_for(implementation, spec) as consumers:
             metadata = prepare_metadata(batch, spec, consumers=consumers)
             return attention(q, k, v, metadata, spec, implementation=implementation)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrix import BACKENDS, FULL_MATRIX, HEADS, WINDOWS, covering_selection, make_spec
 from oracle import Problem, attend_dense_with_lse
 from tolerances import assert_as_good_as
 
@@ -25,46 +25,9 @@ from jaxattn import (
 )
 from jaxattn.cases import ODD, Workload, nest_workload
 
-HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
-WINDOWS = (None, 1, 7, 1000)
-SOFT_CAPS = (None, 5.0)
-PAGE_SIZES = (1, 8, 16, 64)
-HEAD_DIMS = (64, 80, 128)
-BACKENDS = ("xla", "triton")
-
-FACTORS = (tuple(HEADS), WINDOWS, SOFT_CAPS, PAGE_SIZES, HEAD_DIMS)
-FULL_MATRIX = list(itertools.product(*FACTORS))
-
-
-def pairs_of(row: tuple) -> set:
-    return {((a, row[a]), (b, row[b])) for a, b in itertools.combinations(range(len(row)), 2)}
-
-
-def covering_selection() -> list[tuple]:
-    """Greedily, a few rows of the full matrix in which every pair of values stands at least once."""
-    missing = set().union(*map(pairs_of, FULL_MATRIX))
-    selection = []
-    while missing:
-        best = max(FULL_MATRIX, key=lambda row: len(pairs_of(row) & missing))
-        selection.append(best)
-        missing -= pairs_of(best)
-    return selection
-
-
 # Long enough for several key blocks of every implementation.
 LONG = Workload("long", (1, 130, 3), (1299, 513, 600), "several key blocks")
 LONG_DECODE = Workload("long decode", (1, 1, 1, 1), (1299, 511, 512, 30), "split keys")
-
-
-def make_spec(heads: str, window: int | None, soft_cap: float | None, head_dim: int) -> AttentionSpec:
-    num_q_heads, num_kv_heads = HEADS[heads]
-    return AttentionSpec(
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        sliding_window=window,
-        logits_soft_cap=soft_cap,
-    )
 
 
 @functools.lru_cache(maxsize=8)  # implementations and workloads of one spec share a program

@@ -14,7 +14,7 @@ from jaxattn.consumers import Consumer
 from jaxattn.field_tables import consumers_of, markdown, rewrite
 from jaxattn.fields import Prepared, field_table, fields_of
 from jaxattn.metadata import AttentionMetadata, VisibleKeys
-from jaxattn.schedule import SplitPlan, Tiles, Tiling
+from jaxattn.schedule import KeyTiles, SplitPlan, Tiles, Tiling
 
 ROOT = Path(__file__).parent.parent
 SPEC = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig())
@@ -50,6 +50,7 @@ def test_every_array_has_the_shape_and_dtype_of_its_table():
     assert tiles is not None
     assert split is not None
     lengths: dict[type, dict[str, int]] = {Tiles: {"W": tiles.seq.shape[0]}}
+    lengths[KeyTiles] = {"W": visible.key_tiles[0].seq.shape[0]}
     lengths[SplitPlan] = {"W": schedule.short.seq.shape[0], "U": split.tile.shape[0]}
     holders = [
         (RaggedBatch, BATCH),
@@ -57,6 +58,7 @@ def test_every_array_has_the_shape_and_dtype_of_its_table():
         (VisibleKeys, visible),
         (Tiles, tiles),
         (SplitPlan, split),
+        (KeyTiles, visible.key_tiles[0]),
         (Cascade, m.cascade),
     ]
     for kind, holder in holders:

@@ -50,6 +50,7 @@ from batches import (
     lay_out,
     pack,
     prompts,
+    tiles_for,
     write,
 )
 from hypothesis import example
@@ -512,6 +513,43 @@ def test_law_6_every_unit_stands_once(drawn: tuple[Bucket, Case, AttentionSpec, 
     np.testing.assert_array_equal(covered, 1)
 
 
+KEY_BLOCKS = (4, 16)
+KEY_READERS = tuple(
+    Consumer(f"keys {n}", frozenset({"key_tiles", "kv_start", "kv_end"}), key_block=n) for n in KEY_BLOCKS
+)
+
+
+@jax.jit
+def all_key_tiles(batch: RaggedBatch):
+    return prepare_metadata(batch, WINDOW_CLASSES, consumers=KEY_READERS)
+
+
+@law(case=cases(), spec=st.sampled_from(WINDOW_CLASSES), block_k=st.sampled_from(KEY_BLOCKS))
+def test_law_6_every_key_stands_once_beside_the_queries_that_see_it(
+    case: Case, spec: AttentionSpec, block_k: int
+):
+    """Each key in one tile, and of each tile the queries that see a key of it, no more and no fewer."""
+    visible = all_key_tiles(case.nest()).visible_keys(spec.window_class)
+    first, last = np.asarray(visible.kv_start), np.asarray(visible.kv_end)
+    tiles = visible.key_tiles_of(block_k)
+    seq, kv_start, kv_end, q_start, q_end = (
+        np.asarray(x) for x in (tiles.seq, tiles.kv_start, tiles.kv_end, tiles.q_start, tiles.q_end)
+    )
+    live = int(tiles.num_live)
+    assert live == sum(-(-n // block_k) for n in case.kv_lens) <= seq.size
+    assert (kv_start[live:] == kv_end[live:]).all()
+    covered = [np.zeros(n, int) for n in case.kv_lens]
+    for w in range(live):
+        covered[seq[w]][kv_start[w] : kv_end[w]] += 1
+        assert kv_start[w] % block_k == 0
+        own = np.zeros(BUCKET.tokens, bool)
+        own[case.token_rows[seq[w]]] = True
+        sees = np.flatnonzero(own & (first < kv_end[w]) & (kv_start[w] < last))
+        np.testing.assert_array_equal(np.arange(q_start[w], q_end[w]), sees)
+    for count in covered:
+        np.testing.assert_array_equal(count, 1)
+
+
 def check_units(split: SplitPlan, kv_start: np.ndarray, kv_end: np.ndarray, live: int) -> None:
     tile, start, end, indptr = (
         np.asarray(x) for x in (split.tile, split.kv_start, split.kv_end, split.indptr)
@@ -601,25 +639,28 @@ def test_law_6_units_stay_within_their_bound(
 
 
 @functools.cache
-def gradients_of(spec: AttentionSpec) -> Callable[..., tuple[jax.Array, ...]]:
-    def total(q, k, v, batch, weights):
-        metadata = prepare_metadata(batch, spec, consumers="reference")
-        return (attention(q, k, v, metadata, spec, implementation="reference") * weights).sum()
+def gradients_of(implementation: str, spec: AttentionSpec) -> Callable[..., tuple[jax.Array, ...]]:
+    def go_back(q, k, v, batch, weights):
+        with tiles_for(implementation, spec) as consumers:
+            metadata = prepare_metadata(batch, spec, consumers=consumers)
+            _, back = jax.vjp(
+                lambda q, k, v: attention(q, k, v, metadata, spec, implementation=implementation), q, k, v
+            )
+            return back(weights)
 
-    return jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    return jax.jit(go_back)
 
 
 @law(
-    case=prompts(),
-    spec=st.sampled_from([WINDOW, TWO_SIDED]),
+    case=cases(),
+    spec=st.sampled_from([MQA, WINDOW, TWO_SIDED]),
     paged=st.booleans(),
     poison=st.sampled_from(POISONS),
 )
-def test_law_7_gradients(case: Case, spec: AttentionSpec, paged: bool, poison: float):
-    """Zero and finite for padding, whatever it holds; elsewhere the slope of the dense oracle.
-
-    Of the reference, the one implementation that is differentiable today.
-    """
+def test_law_7_gradients(implementation: str, case: Case, spec: AttentionSpec, paged: bool, poison: float):
+    """Zero and finite for padding, whatever it holds and is handed; else the slope of the dense oracle."""
+    if not paged:  # nothing is cached
+        case = dataclasses.replace(case, context_lens=(0,) * case.num_seqs)
     bucket, n = BUCKET if paged else UNPAGED, case.num_tokens
     problem, rng = case.problem(spec), case.rng()
 
@@ -627,16 +668,18 @@ def test_law_7_gradients(case: Case, spec: AttentionSpec, paged: bool, poison: f
         return lay_out(rows, case.tables, fill) if paged else pack(rows, bucket.tokens, fill)
 
     weights = rng.standard_normal((bucket.tokens, spec.num_q_heads, spec.head_dim)).astype(np.float32)
+    weights[n:] = poison
     q = pack(problem.q, bucket.tokens, poison)
     k, v = (place(rows, poison) for rows in (problem.k, problem.v))
-    gradients = [np.asarray(g) for g in gradients_of(spec)(q, k, v, case.nest(bucket), weights)]
+    back = gradients_of(implementation, spec)
+    gradients = [np.asarray(g) for g in back(q, k, v, case.nest(bucket), weights)]
     holds_key = place([np.ones((length, 1, 1), np.float32) for length in case.kv_lens], 0)[..., 0, 0] == 1
     holds_query = np.arange(bucket.tokens) < n
     for gradient, holds in zip(gradients, (holds_query, holds_key, holds_key), strict=True):
         assert np.isfinite(gradient).all()
         assert (gradient[~holds] == 0).all()
 
-    direction = Texts.draw(list(case.q_lens), spec, case.seed + 1)
+    direction = dataclasses.replace(case, seed=case.seed + 1).problem(spec)
     along = [pack(direction.q, bucket.tokens, 0), place(direction.k, 0), place(direction.v, 0)]
     products = np.concatenate(
         [(g.astype(np.float64) * d).ravel() for g, d in zip(gradients, along, strict=True)]
@@ -645,23 +688,36 @@ def test_law_7_gradients(case: Case, spec: AttentionSpec, paged: bool, poison: f
     def loss(step: float) -> float:
         moved = [
             [x.astype(np.float64) + step * d for x, d in zip(rows, moves, strict=True)]
-            for rows, moves in zip((problem.q, problem.k, problem.v), direction, strict=True)
-        ]
+            for rows, moves in (
+                (problem.q, direction.q), (problem.k, direction.k), (problem.v, direction.v)
+            )
+        ]  # fmt: skip
         return float((Problem(problem.workload, *moved).expected(spec) * weights[:n]).sum())
 
     slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
     assert abs(products.sum() - slope) <= 1e-5 * np.abs(products).sum() + 1e-6
 
 
-@pytest.mark.parametrize("implementation", BIT_EXACT)
-def test_law_7_the_others_refuse_to_be_differentiated(implementation: str):
-    """They raise; they do not return a wrong gradient."""
-    case = Case((3,), (0,), ((1,),))
-    batch, problem = case.nest(UNPAGED), case.problem(GQA)
-    q, k, v = (jnp.asarray(pack(rows, UNPAGED.tokens, 0)) for rows in (problem.q, problem.k, problem.v))
-    metadata = prepare_metadata(batch, GQA, consumers=implementation)
-    with pytest.raises((ValueError, NotImplementedError, AssertionError)):
-        jax.grad(lambda q: attention(q, k, v, metadata, GQA, implementation=implementation).sum())(q)
+@law(implementations=BIT_EXACT, case=cases(), spec=st.sampled_from([MQA, WINDOW]), place=st.integers(0, 3))
+def test_law_7_gradients_have_the_bits_of_the_sequence_alone(
+    implementation: str, case: Case, spec: AttentionSpec, place: int
+):
+    """Company, and a larger bucket, change no bit of a sequence's gradients."""
+    place %= case.num_seqs
+    problem, back, weights = case.problem(spec), gradients_of(implementation, spec), case.problem(spec).q
+
+    def gradients(rows: list[int], bucket: Bucket) -> list[np.ndarray]:
+        batch = case.take(rows)
+        q, d_out = (pack([x[i] for i in rows], bucket.tokens, 0) for x in (problem.q, weights))
+        k, v = (lay_out([x[i] for i in rows], batch.tables, 0) for x in (problem.k, problem.v))
+        return [np.asarray(g) for g in back(q, k, v, batch.nest(bucket), d_out)]
+
+    dq, *of_keys = gradients(list(range(case.num_seqs)), BUCKET)
+    dq_alone, *of_keys_alone = gradients([place], LARGER)
+    assert_same_bits(dq[case.token_rows[place]], dq_alone[: case.q_lens[place]])
+    table = list(case.tables[place])
+    for together, alone in zip(of_keys, of_keys_alone, strict=True):
+        assert_same_bits(together[table], alone[table])
 
 
 # Law 8

@@ -14,9 +14,9 @@ from compiled_cost import UNFUSED, Cost, compiled, cost_of, opcodes, program_cos
 from never_dearer import (
     BUCKETS,
     GLOBAL,
-    IMPLEMENTATIONS,
     LAYERS,
     METADATA,
+    READERS,
     SLIDING,
     STACK_LAYERS,
     TWO_SIDED,
@@ -88,7 +88,7 @@ def check_consumer(bucket: Bucket, *, paged: bool, layers: tuple[AttentionSpec, 
     assert_no_dearer(costs["selected"], costs["specialised"], "the superset, selected,")
 
 
-@pytest.mark.parametrize("consumer", IMPLEMENTATIONS)
+@pytest.mark.parametrize("consumer", READERS)
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "unpaged"])
 @pytest.mark.parametrize("bucket", ["decode 32", "mixed 512"])
 def test_the_superset_is_no_dearer_than_a_function_for_one_backend(bucket, paged, consumer):
@@ -101,7 +101,7 @@ def test_three_window_classes_and_the_decoder(consumer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("consumer", IMPLEMENTATIONS)
+@pytest.mark.parametrize("consumer", READERS)
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "unpaged"])
 @pytest.mark.parametrize("bucket", [*BUCKETS, "decode with padding", "odd"])

@@ -33,6 +33,26 @@ class SplitArrays(NamedTuple):
     indptr: jax.Array
 
 
+class KeyTileArrays(NamedTuple):
+    """A list of W tiles of keys, as int32 arrays of length W (see `jaxattn.schedule.KeyTiles`).
+
+    Attributes:
+        seq: Row of the tile's sequence.
+        kv_start: Its first key.
+        kv_end: One past its last key.
+        q_start: First query token that sees a key of the tile.
+        q_end: One past the last such token.
+        num_live: `[1]` How many tiles are live, which stand first.
+    """
+
+    seq: jax.Array
+    kv_start: jax.Array
+    kv_end: jax.Array
+    q_start: jax.Array
+    q_end: jax.Array
+    num_live: jax.Array
+
+
 class TileList(NamedTuple):
     """Tiles of at most `block_q` tokens.
 

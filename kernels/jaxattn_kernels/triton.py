@@ -4,22 +4,17 @@ One kernel serves prefill, chunked prefill, decode and mixed batches. What disti
 the tile list. The visible key range of every token comes as two arrays, so causal, windowed and
 two-sided attention are the same code, and a mask that is a range needs no new kernel. Where the
 keys of a tile are split among programs, a second kernel merges their partial results.
-
-Every call that exists only on Pallas's Triton backend is made in this file (`plgpu`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxattn_kernels.arrays import (
     Attended,
@@ -30,37 +25,26 @@ from jaxattn_kernels.arrays import (
     TileList,
     VisibleRange,
 )
+from jaxattn_kernels.triton_parts import (
+    LOG2E,
+    KernelConfig,
+    Keys,
+    Rows,
+    Shape,
+    base2_logits,
+    block_of,
+    for_blocks,
+    launch,
+    like,
+    load,
+    mask_of,
+    product,
+    rows_of,
+    store,
+)
 
-# Softmax in base 2: the GPU has exp2, and log2(e) goes into the scale.
-LOG2E = math.log2(math.e)
 # Finite, so that a row that has seen nothing yet has exp2(NEG - NEG) = 1 and not NaN.
 NEG = -1e30
-# The narrowest operand of a tensor-core product.
-MIN_DOT = 16
-MAX_HEAD_DIM = 256
-"""The largest head that the kernel serves."""
-MAX_PROGRAMS = 512
-"""Programs of one launch, at most: what the largest GPUs run at once, three or four on each multiprocessor.
-Where a list has room for more units, each program takes every 512th of those that are live, so that room
-which a batch leaves empty costs nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelConfig:
-    """Sizes of one kernel launch.
-
-    Attributes:
-        block_k: Keys per step of the loop; a power of two.
-        num_warps: Warps per program.
-        num_stages: Depth of the load pipeline.
-        max_rows: Rows of one program, at most; a tile with more is divided among programs. A
-            token's G rows stay together, however many they are.
-    """
-
-    block_k: int
-    num_warps: int
-    num_stages: int
-    max_rows: int = 128
 
 
 def config_for(*, block_rows: int, head_dim: int, itemsize: int, quantized: bool = False) -> KernelConfig:
@@ -82,7 +66,7 @@ def config_for(*, block_rows: int, head_dim: int, itemsize: int, quantized: bool
     """
     if itemsize > 2:
         return KernelConfig(block_k=16, num_warps=8, num_stages=1, max_rows=32)
-    accumulator = block_rows * _block(head_dim)
+    accumulator = block_rows * block_of(head_dim)
     is_small, is_large = accumulator <= 64 * 64, accumulator > 64 * 128
     block_k = (16 if is_large else 32) if quantized else (64 if is_small else 32)
     return KernelConfig(block_k=block_k, num_warps=8 if is_large else 4, num_stages=2)
@@ -140,45 +124,6 @@ def ragged_attention(
     return done
 
 
-class _Shape(NamedTuple):
-    """Static sizes of a launch.
-
-    Attributes:
-        tokens: Rows of the query array, T.
-        num_q_heads: N.
-        num_kv_heads: K.
-        head_dim: H.
-        tile_q: Tokens per tile, at most.
-        block_q: Those of them that one program serves.
-        block_k: Keys per step.
-    """
-
-    tokens: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    tile_q: int
-    block_q: int
-    block_k: int
-
-    @property
-    def group_size(self) -> int:
-        return self.num_q_heads // self.num_kv_heads
-
-    @property
-    def block_rows(self) -> int:
-        return _block(self.block_q * self.group_size)
-
-    @property
-    def head_block(self) -> int:
-        return _block(self.head_dim)
-
-    @property
-    def programs_per_unit(self) -> int:
-        """One per key head and per part of a tile that is too tall for one program."""
-        return self.num_kv_heads * pl.cdiv(self.tile_q, self.block_q)
-
-
 class _Work(NamedTuple):
     """The arrays of a `TileList`."""
 
@@ -210,93 +155,36 @@ def _attend_list(
     tile_q, work = tile_list.block_q, _Work(*(getattr(tile_list, name) for name in _Work._fields))
     (T, N, H), K = q.shape, k.shape[1]
     config = config or config_for(
-        block_rows=_block(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize,
+        block_rows=block_of(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize,
         quantized=kv_scales is not None,
     )  # fmt: skip
     block_q = max(1, min(tile_q, config.max_rows // (N // K)))
-    shape = _Shape(T, N, K, H, tile_q, block_q, config.block_k)
-
-    def launch(kernel: functools.partial, units: int, inputs: tuple, outputs: tuple, done: Attended | None):
-        programs = units * shape.programs_per_unit
-        in_place = range(len(jax.tree.leaves(done)))
-        before = len(jax.tree.leaves((work, inputs)))
-        anywhere = pl.BlockSpec(memory_space=pl.ANY)
-        return pl.pallas_call(
-            functools.partial(_for_each, kernel, programs, shape.programs_per_unit),
-            grid=(min(programs, MAX_PROGRAMS),),
-            in_specs=jax.tree.map(lambda _: anywhere, (work, *inputs, done)),
-            out_specs=jax.tree.map(lambda _: anywhere, outputs),
-            out_shape=outputs,
-            input_output_aliases={before + i: i for i in in_place},
-            compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-            interpret=interpret,
-            name=f"{kernel.func.__name__.strip('_')}_q{shape.block_rows}",
-        )(work, *inputs, done)
+    shape = Shape(T, N, K, H, tile_q, block_q, config.block_k)
 
     def abstract(rows: int, dtype: Any) -> Attended:
-        out: Any = jax.ShapeDtypeStruct((rows, N, H), dtype)
-        lse: Any = jax.ShapeDtypeStruct((rows, N), jnp.float32)
-        return Attended(out, lse)
+        return Attended(like(q, (rows, N, H), dtype), like(q, (rows, N), jnp.float32))
 
     result = abstract(T, q.dtype)
     partial = None if work.split is None else abstract(work.max_units * tile_q, jnp.float32)
-    attend = functools.partial(_ragged_attention, shape=shape, **options)
-    inputs = (lookup, visible, q, k, v, sinks, kv_scales)
-    done, partial = launch(attend, work.max_units, inputs, (result, partial), done)
+    done, partial = launch(
+        functools.partial(_ragged_attention, shape=shape, **options),
+        f"ragged_attention_q{shape.block_rows}",
+        work.max_units * shape.programs_per_unit,
+        lambda work, *_: work.live_units() * shape.programs_per_unit,
+        (work, lookup, visible, q, k, v, sinks, kv_scales), (result, partial), done,
+        config=config, interpret=interpret,
+    )  # fmt: skip
     if partial is None:
         return done
-    merge = functools.partial(_merge_attention, shape=shape)
-    (done,) = launch(merge, work.max_tiles, (visible, sinks, partial), (result,), done)
+    (done,) = launch(
+        functools.partial(_merge_attention, shape=shape),
+        f"merge_attention_q{shape.block_rows}",
+        work.max_tiles * shape.programs_per_unit,
+        lambda work, *_: work.live_tiles() * shape.programs_per_unit,
+        (work, visible, sinks, partial), (result,), done,
+        config=config, interpret=interpret,
+    )  # fmt: skip
     return done
-
-
-def _for_each(kernel: functools.partial, programs: int, programs_per_unit: int, work: _Work, *refs) -> None:
-    """Run the kernel for this program's share of the `programs` that there is room for."""
-    first = pl.program_id(0)
-    if programs <= MAX_PROGRAMS:  # a dead one ends at once
-        kernel(first, work, *refs)
-        return
-    units = work.live_tiles() if kernel.func is _merge_attention else work.live_units()
-    live = units * programs_per_unit
-
-    def step(i, _):
-        # Odd rounds run backwards: where long tiles come first, everybody's share is then equally long.
-        place = jnp.where((i & 1) == 0, first, MAX_PROGRAMS - 1 - first)
-        program = i * MAX_PROGRAMS + place
-        pl.when(program < live)(lambda: kernel(program, work, *refs))
-
-    lax.fori_loop(0, (live + (MAX_PROGRAMS - 1)) // MAX_PROGRAMS, step, None)
-
-
-class _Rows(NamedTuple):
-    """The rows that one program serves: row r is token `r // G` and query head `head * G + r % G`.
-
-    Attributes:
-        token: `[block_rows]` Token of the tile.
-        is_live: `[block_rows]` Whether the tile has it.
-        q_row: `[block_rows]` Its row in the packed arrays; T, out of bounds, where it is dead.
-        q_head: `[block_rows]` Query head.
-        first: `[block_rows]` First visible key.
-        end: `[block_rows]` One past the last visible key.
-    """
-
-    token: jax.Array
-    is_live: jax.Array
-    q_row: jax.Array
-    q_head: jax.Array
-    first: jax.Array
-    end: jax.Array
-
-
-def _rows_of(tiles, w, head, part, visible, shape: _Shape) -> _Rows:
-    r, G = jnp.arange(shape.block_rows, dtype=jnp.int32), shape.group_size
-    token = part * shape.block_q + r // G
-    is_live = (token < tiles.q_len[w]) & (r < shape.block_q * G)
-    # Loads and stores of dead rows go out of bounds, never onto a live row.
-    q_row = jnp.where(is_live, tiles.q_start[w] + token, shape.tokens)
-    first = plgpu.load(visible.start.at[q_row], mask=is_live, other=0)
-    end = plgpu.load(visible.end.at[q_row], mask=is_live, other=0)
-    return _Rows(token, is_live, q_row, head * G + r % G, first, end)
 
 
 class _Softmax(NamedTuple):
@@ -313,14 +201,14 @@ class _Softmax(NamedTuple):
     total: jax.Array
 
     @classmethod
-    def begin(cls, rows: _Rows, sinks, is_whole, shape: _Shape) -> _Softmax:
+    def begin(cls, rows: Rows, sinks, is_whole, shape: Shape) -> _Softmax:
         """Before the first key. A sink comes first, once per row that sees a key; its value is 0."""
         acc = jnp.zeros((shape.block_rows, shape.head_block), jnp.float32)
         if sinks is None:
             none = jnp.zeros((shape.block_rows,), jnp.float32)
             return cls(acc, none + NEG, none)
         has_sink = rows.is_live & (rows.first < rows.end) & is_whole
-        sink = plgpu.load(sinks.at[rows.q_head], mask=has_sink, other=0.0)
+        sink = load(sinks.at[rows.q_head], mask=has_sink, other=0.0)
         return cls(acc, jnp.where(has_sink, sink * LOG2E, NEG), jnp.where(has_sink, 1.0, 0.0))
 
     def finish(self, v_scale=1.0) -> tuple[jax.Array, jax.Array]:
@@ -331,8 +219,8 @@ class _Softmax(NamedTuple):
 
 
 def _ragged_attention(
-    program, work: _Work, lookup, visible, q_ref, k_ref, v_ref, sinks, kv_scales, _done, result, partial,
-    *, shape: _Shape, **options,
+    program, work: _Work, lookup, visible, q_ref, k_ref, v_ref, sinks, kv_scales, result, partial,
+    *, shape: Shape, page_size, **options,
 ) -> None:  # fmt: skip
     """One key head, and one part, of a tile with all its keys, or with those of one unit."""
     tiles, split = work.tiles, work.split
@@ -350,10 +238,10 @@ def _ragged_attention(
 
     @pl.when(is_live & (tiles.q_len[w] > part * shape.block_q))
     def _():
-        rows = _rows_of(tiles, w, head, part, visible, shape)
+        rows = rows_of(tiles, w, head, part, visible, shape)
         state = _attend_keys(
-            rows, q_ref, k_ref, v_ref, lookup.pages, _Softmax.begin(rows, sinks, is_whole, shape),
-            head=head, key_start=key_start, key_end=key_end, key_base=lookup.start[tiles.seq[w]],
+            rows, Keys(lookup.pages, lookup.start[tiles.seq[w]], head, page_size), q_ref, k_ref, v_ref,
+            _Softmax.begin(rows, sinks, is_whole, shape), key_start=key_start, key_end=key_end,
             k_scale=1.0 if kv_scales is None else kv_scales.k[head], shape=shape, **options,
         )  # fmt: skip
         out, lse = state.finish(1.0 if kv_scales is None else kv_scales.v[head])
@@ -370,7 +258,7 @@ def _ragged_attention(
         _store(partial, place, to_partial, rows, out, lse, shape)
 
 
-def _merge_attention(program, work: _Work, visible, sinks, partial, _done, result, *, shape: _Shape) -> None:
+def _merge_attention(program, work: _Work, visible, sinks, partial, result, *, shape: Shape) -> None:
     """One key head, and one part, of a tile whose keys were split among several units."""
     tiles, split = work.tiles, work.split
     assert split is not None
@@ -380,16 +268,14 @@ def _merge_attention(program, work: _Work, visible, sinks, partial, _done, resul
 
     @pl.when((end - first > 1) & (tiles.q_len[w] > part * shape.block_q))
     def _():
-        rows = _rows_of(tiles, w, head, part, visible, shape)
+        rows = rows_of(tiles, w, head, part, visible, shape)
         d = jnp.arange(shape.head_block, dtype=jnp.int32)
-        mask = _mask(rows.is_live, shape)
+        mask = mask_of(rows.is_live, shape)
 
         def add_unit(unit, state: _Softmax) -> _Softmax:
             place = unit * shape.tile_q + rows.token
-            out = plgpu.load(
-                partial.out.at[place[:, None], rows.q_head[:, None], d[None, :]], mask=mask, other=0.0
-            )
-            lse = plgpu.load(partial.lse.at[place, rows.q_head], mask=rows.is_live, other=-jnp.inf)
+            out = load(partial.out.at[place[:, None], rows.q_head[:, None], d[None, :]], mask=mask, other=0.0)
+            lse = load(partial.lse.at[place, rows.q_head], mask=rows.is_live, other=-jnp.inf)
             new_max = jnp.maximum(state.max, lse)
             rescale, weight = jnp.exp2(state.max - new_max), jnp.exp2(lse - new_max)
             acc = state.acc * rescale[:, None] + out * weight[:, None]
@@ -400,50 +286,20 @@ def _merge_attention(program, work: _Work, visible, sinks, partial, _done, resul
         _store(result, rows.q_row, rows.is_live, rows, out, lse / LOG2E, shape)
 
 
-def _mask(rows_ok: jax.Array, shape: _Shape) -> jax.Array:
-    """`[rows, head_block]` The elements that exist."""
-    mask = rows_ok[:, None]
-    if shape.head_block != shape.head_dim:
-        mask &= (jnp.arange(shape.head_block, dtype=jnp.int32) < shape.head_dim)[None, :]
-    return jnp.broadcast_to(mask, (rows_ok.shape[0], shape.head_block))
-
-
-def _store(refs: Any, place, is_stored, rows: _Rows, out, lse, shape: _Shape) -> None:
+def _store(refs: Any, place, is_stored, rows: Rows, out, lse, shape: Shape) -> None:
     """Write outputs to rows `place` of `refs`, which lie out of bounds where they are not stored."""
     d = jnp.arange(shape.head_block, dtype=jnp.int32)
     where = refs.out.at[place[:, None], rows.q_head[:, None], d[None, :]]
-    plgpu.store(where, out.astype(refs.out.dtype), mask=_mask(is_stored, shape))
-    plgpu.store(refs.lse.at[place, rows.q_head], lse, mask=is_stored)
+    store(where, out.astype(refs.out.dtype), mask=mask_of(is_stored, shape))
+    store(refs.lse.at[place, rows.q_head], lse, mask=is_stored)
 
 
 def _attend_keys(
-    rows: _Rows, q_ref, k_ref, v_ref, pages_ref, state: _Softmax,
-    *, head, key_start, key_end, key_base, k_scale, shape: _Shape,
-    page_size, scale, logits_soft_cap, windowed,
+    rows: Rows, keys: Keys, q_ref, k_ref, v_ref, state: _Softmax,
+    *, key_start, key_end, k_scale, shape: Shape, scale, logits_soft_cap, windowed,
 ) -> _Softmax:  # fmt: skip
     """Add the keys `key_start .. key_end` of a sequence to the softmax of the rows."""
-    block_k = shape.block_k
-    # A plain arange: a masked index here would turn 128-bit loads into 16-bit ones.
-    d = jnp.arange(shape.head_block, dtype=jnp.int32)
-    q_place = (rows.q_row[:, None], rows.q_head[:, None], d[None, :])
-    q = plgpu.load(q_ref.at[q_place], mask=_mask(rows.is_live, shape), other=0.0)
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-
-    def slots_of(j, positions, ok):
-        if pages_ref is None:
-            return key_base + positions
-        if page_size % block_k == 0:  # the whole block lies in one page
-            page = pages_ref[key_base + (j * block_k) // page_size]
-        else:
-            page = plgpu.load(pages_ref.at[key_base + positions // page_size], mask=ok, other=0)
-        return page * page_size + positions % page_size
-
-    def load_block(ref, slots, ok):
-        place = (slots[:, None], head, d[None, :])
-        # Every number of eight bits is one of 16, too: the product is of the type of the queries.
-        return plgpu.load(ref.at[place], mask=_mask(ok, shape), other=jnp.zeros((), ref.dtype)).astype(
-            q.dtype
-        )
+    block_k, q = shape.block_k, rows.load(q_ref, shape)
 
     def visible(positions):
         sees = positions[None, :] < rows.end[:, None]
@@ -455,13 +311,9 @@ def _attend_keys(
         ok = positions < key_end if masked else positions >= 0
         if masked and windowed:
             ok &= positions >= key_start
-        slots = slots_of(j, positions, ok)
-        k = load_block(k_ref, slots, ok)
-        s = jnp.dot(q, k.T, preferred_element_type=jnp.float32, precision=precision)
-        if logits_soft_cap is None:
-            s = s * (scale * LOG2E * k_scale)
-        else:
-            s = jnp.tanh(s * (scale / logits_soft_cap * k_scale)) * (logits_soft_cap * LOG2E)
+        slots = keys.slots(j * block_k, positions, ok)
+        k = keys.load(k_ref, slots, ok, q.dtype, shape)
+        s = base2_logits(product(q, k.T), scale * k_scale, logits_soft_cap)
         sees = visible(positions) if masked else True
         if masked:
             s = jnp.where(sees, s, NEG)
@@ -470,22 +322,8 @@ def _attend_keys(
         p = jnp.exp2(s - new_max[:, None])
         if masked:
             p = jnp.where(sees, p, 0.0)
-        v = load_block(v_ref, slots, ok)
-        pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=precision)
+        v = keys.load(v_ref, slots, ok, q.dtype, shape)
+        pv = product(p.astype(v.dtype), v)
         return _Softmax(state.acc * rescale[:, None] + pv, new_max, state.total * rescale + p.sum(axis=1))
 
-    # Blocks that every live row sees whole need no mask: [all_begin, all_end) of [begin, stop).
-    begin, stop = key_start // block_k, (key_end + block_k - 1) // block_k
-    all_end = jnp.min(jnp.where(rows.is_live, rows.end, key_end)) // block_k
-    all_begin = (jnp.max(rows.first) + block_k - 1) // block_k if windowed else begin
-    all_begin = jnp.clip(all_begin, begin, stop)
-    all_end = jnp.clip(all_end, all_begin, stop)
-    if windowed:
-        state = lax.fori_loop(begin, all_begin, functools.partial(attend_block, masked=True), state)
-    state = lax.fori_loop(all_begin, all_end, functools.partial(attend_block, masked=False), state)
-    return lax.fori_loop(all_end, stop, functools.partial(attend_block, masked=True), state)
-
-
-def _block(n: int) -> int:
-    """The smallest block size that holds n: a power of two that a tensor-core product accepts."""
-    return max(MIN_DOT, 1 << (n - 1).bit_length())
+    return for_blocks(attend_block, state, rows, key_start, key_end, block_k=block_k, windowed=windowed)

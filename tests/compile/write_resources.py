@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import resources
+import test_gradient_sass
 import test_mosaic_sass
 import test_sass
 from rich.progress import track
@@ -21,6 +22,7 @@ def measured() -> Iterator[dict[resources.Key, resources.Resources]]:
     """The resources of every case whose test compares them."""
     for case in track(test_sass.MAIN, "triton"):
         yield test_sass.resources_by_key(case, test_sass.compile_case(case))
+        yield test_sass.resources_by_key(case, test_gradient_sass.compile_case(case))
     for case in track(test_mosaic_sass.CASES, "mosaic"):
         with tempfile.TemporaryDirectory() as folder:
             kernels = test_mosaic_sass.compile_kernels(Path(folder), *case)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tolerances import assert_as_good_as
 
-from jaxattn_kernels import triton as kernel
+from jaxattn_kernels import triton_parts
 from jaxattn_kernels.arrays import KeyLookup, SplitArrays, TileArrays, TileList, VisibleRange
 from jaxattn_kernels.triton import KernelConfig, ragged_attention
 
@@ -349,7 +349,7 @@ def test_a_program_may_serve_several_units(monkeypatch, max_programs):
     step = with_sinks(causal_step((9, 1, 1), (45, 33, 70), num_q_heads=4, num_kv_heads=2, head_dim=32))
     parts = (step.tiles(4)[3:], 4, 32), (step.tiles(4)[:3], 4)
     expected = run_with_lse(step, *parts)
-    monkeypatch.setattr(kernel, "MAX_PROGRAMS", max_programs)
+    monkeypatch.setattr(triton_parts, "MAX_PROGRAMS", max_programs)
     for got, before in zip(run_with_lse(step, *parts), expected, strict=True):
         np.testing.assert_array_equal(got[:11], before[:11])
 
@@ -366,7 +366,7 @@ def test_tiles_in_any_order_and_no_dead_ones(monkeypatch, max_programs):
     split = tile_list(tiles[3:], 4, 32)._replace(num_live=as_int32([2]))
     long = tile_list([*tiles[:3], *beyond], 4)._replace(num_live=as_int32([3]))
     long = long._replace(order=as_int32([2, 0, 1, *range(3, 3 + len(beyond))]))
-    monkeypatch.setattr(kernel, "MAX_PROGRAMS", max_programs)
+    monkeypatch.setattr(triton_parts, "MAX_PROGRAMS", max_programs)
     for got, before in zip(run_with_lse(step, split, long), expected, strict=True):
         np.testing.assert_array_equal(got[:11], before[:11])
 

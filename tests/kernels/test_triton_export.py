@@ -81,6 +81,20 @@ def test_exports_a_kernel_for_each_tile_list_and_each_merge(spec, page_size, dty
     assert module.count(f"@{plgpu.CUSTOM_CALL_TARGET_NAME}(") == lists + is_split
 
 
+@pytest.mark.parametrize("page_size", [16, None])
+def test_exports_the_kernels_of_the_gradient(page_size):
+    """Beside those of the forward pass: for queries, per list of tiles, and for keys and values."""
+    spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128, logits_soft_cap=30.0)
+    attend, *arguments = attention_program(spec, PREFILL, page_size, "bfloat16")
+
+    def go_back(q, k, v, batch):
+        return jax.grad(lambda *x: attend(*x, batch).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    module = export_for_cuda(go_back, *arguments)
+    forward = 3 if page_size else 2  # 256 packed keys make one unit
+    assert module.count(f"@{plgpu.CUSTOM_CALL_TARGET_NAME}(") == forward + 3
+
+
 @pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
 def test_exports_kernels_for_quantised_caches(kv_dtype):
     spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
