@@ -81,7 +81,7 @@ def program_of(case: Case) -> tuple[Any, ...]:
     visible = VisibleRange(array(tokens), array(tokens))
     results = Attended(q, array(tokens, N, dtype=jnp.float32))
     # More tiles than a launch has programs: each loops over its share, and needs registers for that too.
-    listed, keys = TileArrays(*[array(tiles)] * 5), KeyTileArrays(*[array(tiles)] * 5, array(1))
+    listed, keys = TileArrays(*[array(tiles)] * 5), KeyTileArrays(*[array(tiles)] * 5, num_live=array(1))
     work: tuple[Any, ...] = (listed, listed, array(tiles), array(1), keys)
     return go_back, visible, array(rows + 1), array(pages), q, k, results, *work
 
