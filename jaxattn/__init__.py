@@ -18,6 +18,7 @@ from jaxattn.models import DecoderConfig, Model, RopeConfig
 from jaxattn.packing import (
     fit_documents,
     nest_batches,
+    next_token_cross_entropy,
     next_token_targets,
     pack_best_fit,
     pack_first_fit_decreasing,
@@ -62,6 +63,7 @@ __all__ = [
     "load_model",
     "nest_batches",
     "nest_sequences",
+    "next_token_cross_entropy",
     "next_token_targets",
     "pack_best_fit",
     "pack_first_fit_decreasing",

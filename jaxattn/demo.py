@@ -38,7 +38,7 @@ from jaxattn.metadata import AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, forward, init_cache, init_params, unembed
 from jaxattn.models.decoder import Params, rms_norm
 from jaxattn.models.steps import step
-from jaxattn.packing import nest_batches, next_token_targets, pack_best_fit
+from jaxattn.packing import nest_batches, next_token_cross_entropy, pack_best_fit
 from jaxattn.rope import rope_tables, rotate
 from jaxattn.viz import padding_waste, plot_schedule
 
@@ -132,9 +132,7 @@ def next_token_loss(params: Params, batch: RaggedBatch) -> Float[Array, ""]:
     metadata = prepare_metadata(batch, CONFIG.layer_specs())
     # The definition is the differentiable implementation; a batch of this size affords it.
     hidden, _ = forward(params, CONFIG, batch.token_ids, metadata, implementation="reference")
-    targets, has_target = next_token_targets(batch)
-    losses = optax.softmax_cross_entropy_with_integer_labels(unembed(params, hidden), targets)
-    return losses.mean(where=has_target)
+    return next_token_cross_entropy(unembed(params, hidden), batch)
 
 
 def trained_checkpoint(console: Console, out: Path, documents: list[np.ndarray], steps: int) -> Path:

@@ -10,6 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from jaxattn import (
     fit_documents,
     nest_batches,
     nest_sequences,
+    next_token_cross_entropy,
     next_token_targets,
     pack_best_fit,
     pack_first_fit_decreasing,
@@ -233,3 +235,25 @@ def test_targets_of_a_full_batch_and_in_jit():
     assert targets.dtype == jnp.int32
     np.testing.assert_array_equal(targets, [*range(6, TOKENS + 5), 0])
     np.testing.assert_array_equal(has_target, [True] * (TOKENS - 1) + [False])
+
+
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=SEQS), seed=st.integers(0, 99))
+def test_cross_entropy_is_optax_own_over_all_targets(lengths, seed):
+    """A batch in which nothing is to be predicted costs nothing, and has no gradient."""
+    batch = nest_sequences(documents_of(lengths), bucket=BUCKET)
+    logits = jnp.asarray(np.random.default_rng(seed).normal(size=(TOKENS, 7)), jnp.float32)
+    targets, has_target = next_token_targets(batch)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    loss, gradient = loss_and_gradient(logits, batch)
+    expected = losses[has_target].sum() / max(1, int(has_target.sum()))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_array_equal(np.abs(gradient).max(axis=1) > 0, has_target)
+
+
+loss_and_gradient = jax.jit(jax.value_and_grad(next_token_cross_entropy))
+
+
+def test_cross_entropy_of_16_bit_logits_is_computed_in_float32():
+    batch = nest_sequences([[1, 2]], bucket=BUCKET)
+    logits = jnp.zeros((TOKENS, 1000), jnp.bfloat16)
+    assert float(next_token_cross_entropy(logits, batch)) == pytest.approx(np.log(1000), rel=1e-6)
