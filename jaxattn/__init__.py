@@ -15,6 +15,14 @@ from jaxattn.fields import MissingFieldError
 from jaxattn.generate import compile_generation, compute_logits, generate, plan_generation
 from jaxattn.metadata import AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, RopeConfig
+from jaxattn.packing import (
+    fit_documents,
+    nest_batches,
+    next_token_cross_entropy,
+    next_token_targets,
+    pack_best_fit,
+    pack_first_fit_decreasing,
+)
 from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
 from jaxattn.serve import Server, serve
 from jaxattn.spec import AttentionSpec, WindowClass
@@ -49,10 +57,16 @@ __all__ = [
     "choose_implementation",
     "compile_generation",
     "compute_logits",
+    "fit_documents",
     "generate",
     "init_cache",
     "load_model",
+    "nest_batches",
     "nest_sequences",
+    "next_token_cross_entropy",
+    "next_token_targets",
+    "pack_best_fit",
+    "pack_first_fit_decreasing",
     "plan_generation",
     "powers_of_two",
     "prepare_metadata",

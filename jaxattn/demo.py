@@ -1,14 +1,15 @@
 """`jaxattn demo`: the whole path on real text, on a CPU, in about two minutes.
 
-Train a byte-level decoder on functions of Python's standard library, packed without padding; save
-it as an Orbax Flax checkpoint; load it back; nest prompts of very different lengths; generate on
-every implementation; and check that all of them, and a dense padded forward pass, agree.
+Train a byte-level decoder on functions of Python's standard library, packed whole; save it as an
+Orbax Flax checkpoint; load it back; nest prompts of very different lengths; generate on every
+implementation; and check that all of them, and a dense padded forward pass, agree.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import shutil
 import sysconfig
 import time
@@ -37,6 +38,7 @@ from jaxattn.metadata import AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, forward, init_cache, init_params, unembed
 from jaxattn.models.decoder import Params, rms_norm
 from jaxattn.models.steps import step
+from jaxattn.packing import nest_batches, next_token_cross_entropy, pack_best_fit
 from jaxattn.rope import rope_tables, rotate
 from jaxattn.viz import padding_waste, plot_schedule
 
@@ -118,22 +120,11 @@ def standard_library_functions() -> list[np.ndarray]:
     return [np.frombuffer(ordered[i].encode("ascii", "replace"), np.uint8) for i in shuffled]
 
 
-def packed_batches(documents: list[np.ndarray], bucket: Bucket, seed: int = 0) -> Iterator[RaggedBatch]:
-    """Documents one after the other, as many as fit a batch, none padded; without end.
-
-    The last document of a batch is cut where the batch ends.
-    """
+def training_batches(documents: list[np.ndarray], bucket: Bucket, seed: int = 0) -> Iterator[RaggedBatch]:
+    """Whole documents, in a new order in every epoch, packed into batches of the bucket; without end."""
     rng = np.random.default_rng(seed)
-    chosen: list[np.ndarray] = []
-    room = bucket.tokens
-    while True:
-        for i in rng.permutation(len(documents)):
-            document = documents[i][:room]
-            chosen.append(document)
-            room -= len(document)
-            if room == 0 or len(chosen) == bucket.seqs:
-                yield nest_sequences(chosen, bucket=bucket)
-                chosen, room = [], bucket.tokens
+    stream = (documents[i] for _ in itertools.count() for i in rng.permutation(len(documents)))
+    return nest_batches(pack_best_fit(stream, bucket), bucket)
 
 
 def next_token_loss(params: Params, batch: RaggedBatch) -> Float[Array, ""]:
@@ -141,11 +132,7 @@ def next_token_loss(params: Params, batch: RaggedBatch) -> Float[Array, ""]:
     metadata = prepare_metadata(batch, CONFIG.layer_specs())
     # The definition is the differentiable implementation; a batch of this size affords it.
     hidden, _ = forward(params, CONFIG, batch.token_ids, metadata, implementation="reference")
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        unembed(params, hidden), jnp.roll(batch.token_ids, -1)
-    )
-    has_successor = jnp.arange(batch.bucket.tokens) + 1 < batch.cu_q_lens[1:][metadata.token_to_seq]
-    return losses.mean(where=has_successor)
+    return next_token_cross_entropy(unembed(params, hidden), batch)
 
 
 def trained_checkpoint(console: Console, out: Path, documents: list[np.ndarray], steps: int) -> Path:
@@ -181,7 +168,7 @@ def _train(console: Console, documents: list[np.ndarray], steps: int) -> Params:
 
     losses = []
     started = time.perf_counter()
-    batches = packed_batches(documents, TRAIN_BUCKET)
+    batches = training_batches(documents, TRAIN_BUCKET)
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=steps)
         for batch, _ in zip(batches, range(steps), strict=False):

@@ -8,12 +8,13 @@ from rich.console import Console
 from jaxattn import Bucket, load_model, nest_sequences
 from jaxattn.demo import (
     CONFIG,
+    TRAIN_BUCKET,
     dense_logits,
     next_token_loss,
-    packed_batches,
     run_demo,
     standard_library_functions,
     trained_checkpoint,
+    training_batches,
 )
 from jaxattn.models import Model, init_params
 
@@ -25,11 +26,17 @@ def test_documents_are_real_functions():
     assert all(b"def " in bytes(d) for d in documents[:50])
 
 
-def test_batches_are_packed_without_padding():
-    documents = [np.full(n, n, np.uint8) for n in (5, 9, 20, 3)]
-    batches = packed_batches(documents, Bucket(16, 8))
-    for batch, _ in zip(batches, range(5), strict=False):
-        assert int(batch.cu_q_lens[-1]) == 16
+def test_documents_are_trained_on_whole_with_little_padding():
+    documents = standard_library_functions()
+    texts = {bytes(document) for document in documents}
+    batches = training_batches(documents, TRAIN_BUCKET)
+    trained_on = 0
+    for batch, _ in zip(batches, range(300), strict=False):
+        ends = np.asarray(batch.cu_q_lens)[1 : int(batch.num_seqs) + 1]
+        trained_on += int(ends[-1])
+        packed = np.split(np.asarray(batch.token_ids, np.uint8)[: ends[-1]], ends[:-1])
+        assert all(bytes(document) in texts for document in packed)
+    assert trained_on > 0.9 * 300 * TRAIN_BUCKET.tokens
 
 
 def test_loss_is_that_of_each_document_alone():

@@ -1,16 +1,31 @@
-"""The README's example runs."""
+"""The README's examples run."""
 
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 
 
-def test_ten_lines():
+def run_example(number: int) -> dict:
+    """Everything that the example defines."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"<!-- tested by tests/test_readme.py -->\n```python\n(.*?)```", text, re.DOTALL)
+    examples = re.findall(r"<!-- tested by tests/test_readme.py -->\n```python\n(.*?)```", text, re.DOTALL)
     names = {}
-    exec(code, names)
+    exec(examples[number], names)
+    return names
+
+
+def test_ten_lines():
+    names = run_example(0)
     assert names["out"].shape == (16, 8, 64)
     assert np.isfinite(names["out"]).all()
     np.testing.assert_array_equal(names["out"][6:], 0)
+
+
+@jax.numpy_dtype_promotion("standard")  # optax's AdamW promotes its step count
+def test_own_model_learns():
+    names = run_example(1)
+    assert len(names["losses"]) > 30
+    assert names["losses"][0] > 4
+    assert names["losses"][-1] < 1

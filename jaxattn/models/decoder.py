@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jaxattn.attention import attention
-from jaxattn.cache import PagedKVCache, write_cache
+from jaxattn.cache import PagedKVCache
 from jaxattn.cache import init_cache as init_layer_cache
+from jaxattn.layer import attend_layer
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.models.config import DecoderConfig
-from jaxattn.rope import rotate
 
 Params = dict[str, Any]
 Cache = tuple[PagedKVCache, ...]
@@ -118,19 +117,13 @@ def forward(
     x = params["embed"][token_ids]
     new_cache = []
     for i, (layer, spec) in enumerate(zip(params["layers"], config.layer_specs(), strict=True)):
-        rotation = metadata.rope(spec)  # one table for all layers of one base
         h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
-        q = rotate(_project("td,dnh->tnh", h, layer["q"]), rotation)
-        k = rotate(_project("td,dkh->tkh", h, layer["k"]), rotation)
+        q = _project("td,dnh->tnh", h, layer["q"])
+        k = _project("td,dkh->tkh", h, layer["k"])
         v = _project("td,dkh->tkh", h, layer["v"])
-        k_scale = v_scale = None
-        if cache is not None:
-            written = write_cache(cache[i], k, v, metadata.slot_mapping)
-            new_cache.append(written)
-            k, v, k_scale, v_scale = written.k_pages, written.v_pages, written.k_scale, written.v_scale
-        out = attention(
-            q, k, v, metadata, spec, k_scale=k_scale, v_scale=v_scale, implementation=implementation
-        )
+        layer_cache = None if cache is None else cache[i]
+        out, written = attend_layer(q, k, v, metadata, spec, layer_cache, implementation=implementation)
+        new_cache.append(written)
         x = x + _project("tnh,nhd->td", out, layer["o"])
         h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
         gated = jax.nn.silu(_project("td,df->tf", h, layer["gate"])) * _project("td,df->tf", h, layer["up"])
