@@ -24,6 +24,7 @@ from jaxattn import AttentionSpec, Bucket, attention, consumers, mosaic, prepare
 from jaxattn.cases import ODD, Workload, nest_workload
 from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn_kernels import mosaic as kernel
+from jaxattn_kernels import mosaic_parts
 from jaxattn_kernels.arrays import TileList
 
 # Clocks of copies and products are kept per simulated engine, in turn: with the default of five, two
@@ -189,7 +190,7 @@ def test_what_does_not_change_a_bit(monkeypatch):
         )  # fmt: skip
 
     expected = attend(short._replace(split=None), long)
-    monkeypatch.setattr(kernel, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
     num_tiles = long.tiles.seq.shape[0]
     got = attend(short, long._replace(order=jnp.arange(num_tiles, dtype=jnp.int32)[::-1]))
     for x, y in zip(got, expected, strict=True):
@@ -273,14 +274,14 @@ def forget_to_commit(monkeypatch) -> None:
 
 def forget_to_wait_for_copies(monkeypatch) -> None:
     """The second half of a partial result is written while the first may be on its way out."""
-    real_copy, real_wait, copies = kernel.copy_tokens, plgpu.wait_smem_to_gmem, itertools.count()
+    real_copy, real_wait, copies = mosaic_parts.copy_tokens, plgpu.wait_smem_to_gmem, itertools.count()
 
     def copy(*args):
         forgets = next(copies) == 1  # of a result, and of two halves
         monkeypatch.setattr(plgpu, "wait_smem_to_gmem", (lambda n: None) if forgets else real_wait)
         real_copy(*args)
 
-    monkeypatch.setattr(kernel, "copy_tokens", copy)
+    monkeypatch.setattr(mosaic_parts, "copy_tokens", copy)
 
 
 # Each with the queries and keys that show it: a stage is used twice, or once. A single query's are split.
@@ -348,7 +349,7 @@ def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, window):
 
 
 def test_is_exported_with_64_bit_types_enabled(monkeypatch):
-    monkeypatch.setattr(kernel, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
     with jax.enable_x64(True):
         assert count_kernels(layer(2, 1), 16) == 3
 
