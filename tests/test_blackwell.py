@@ -281,7 +281,8 @@ def test_the_compute_capability_chooses_the_kernel():
     [
         ({"dtype": "float32"}, "dtype float32 is not one of bfloat16, float16"),
         ({"kv_dtype": "int8"}, "keys are int8 and queries bfloat16"),
-        ({"head_dim": 80}, "head_dim=80 is not one of 64, 128, 256"),
+        ({"head_dim": 72}, "head_dim=72 is not one of 64, 80, 96, 128, 256"),
+        ({"head_dim": 96}, "63 rows of 96 numbers are no multiple of the 64 that a copy brings"),
         ({"group_size": 65}, "two tokens' 65 query heads per key head exceed the 128 rows"),
         ({"page_size": 12}, "page_size=12 is not a multiple of 8"),
         ({"page_size": 24}, "page_size=24 neither divides nor is a multiple"),

@@ -31,6 +31,7 @@ from jaxattn_kernels.mosaic_parts import (
     Unit,
     across,
     clear_strangers,
+    copy_obstacle,
     dtype_obstacle,
     fetch_queries,
     finish,
@@ -48,18 +49,18 @@ from jaxattn_kernels.mosaic_parts import (
 
 ROWS = 128
 """Rows of a consumer: the height of a `tcgen05` product, and the threads of a warpgroup."""
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 80, 96, 128, 256)
 # Most query heads per key head, so that the longer of two kinds of tiles, of two tokens at least, fits.
 MAX_GROUP = ROWS // 2
-# Columns of tensor memory that the softmax warpgroup moves at a time, to spare registers.
+# Columns of tensor memory that the softmax warpgroup moves at a time, at most, to spare registers.
 COLUMNS = 64
 # Weights may reach this power of two before outputs are rescaled to a new maximum: 16-bit numbers are as
 # precise there as at 1, and after a row's first blocks its maximum seldom grows by so much.
 GROWTH = 8.0
 
 SOFTMAX, PRODUCER, PRODUCTS = range(3)  # the warpgroups
-# A multiprocessor has 65,536 registers: 168 for each of 384 threads, and the softmax gets more of them.
-PRODUCER_REGISTERS = 80
+# A multiprocessor has 65,536 registers: 168 for each of 384 threads, of which the softmax gets more.
+PRODUCER_REGISTERS = 112
 PRODUCTS_REGISTERS = 152
 SOFTMAX_REGISTERS = 240
 
@@ -77,7 +78,7 @@ def config_for(*, num_consumers: int = 1, head_dim: int) -> KernelConfig:
     del num_consumers
     if head_dim > 128:
         return KernelConfig(block_k=64, num_stages=2)
-    return KernelConfig(block_k=128, num_stages=4 if head_dim == 64 else 3)
+    return KernelConfig(block_k=128, num_stages=3 if head_dim == 128 else 4)
 
 
 def obstacle(
@@ -103,7 +104,9 @@ def obstacle(
         return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if group_size > MAX_GROUP:
         return f"two tokens' {group_size} query heads per key head exceed the {ROWS} rows of a product"
-    return page_obstacle(page_size, {config_for(head_dim=head_dim).block_k})
+    rows = MAX_GROUP // group_size * group_size  # of a short tile, and half of those of a long one
+    blocks = {config_for(head_dim=head_dim).block_k}
+    return copy_obstacle(rows, head_dim) or page_obstacle(page_size, blocks)
 
 
 def _consumers_for(block_q: int, group_size: int) -> tuple[int, int]:
@@ -127,12 +130,15 @@ class _Smem(NamedTuple):
 
 
 class _Tmem(NamedTuple):
-    """Tensor memory of a program: 128 lanes, one per row, of 512 columns of 32 bits."""
+    """Tensor memory of a program: 128 lanes, one per row, of 512 columns of 32 bits.
 
-    q: Any  # [ROWS, H], two to a column
+    In this order whatever a product writes begins at a multiple of 32 columns, for heads of any size.
+    """
+
     scores: Any  # [ROWS, block_k] float32
     weights: Any  # [ROWS, block_k], two to a column
     out: Any  # [ROWS, H] float32
+    q: Any  # [ROWS, H], two to a column
 
 
 class _Barriers(NamedTuple):
@@ -163,10 +169,10 @@ def _scratch(program: KernelProgram, dtype, *, is_split: bool) -> tuple[_Smem, _
     return (
         _Smem(rows=one_memory(program, *rows), k=blocks, v=blocks),
         _Tmem(
-            q=plgpu.TMEM((ROWS, H), dtype, packed=True),
             scores=plgpu.TMEM((ROWS, sizes.block_k), jnp.float32),
             weights=plgpu.TMEM((ROWS, sizes.block_k), dtype, packed=True),
             out=plgpu.TMEM((ROWS, H), jnp.float32),
+            q=plgpu.TMEM((ROWS, H), dtype, packed=True),
         ),
         _Barriers(
             q_copied=plgpu.Barrier(),
@@ -313,8 +319,8 @@ def _attend(
 
 
 def _parts(num_columns: int) -> list[pl.Slice]:
-    """Columns as they are moved."""
-    width = min(COLUMNS, num_columns)
+    """Columns as they are moved: in equal parts."""
+    width = num_columns // pl.cdiv(num_columns, COLUMNS)
     return [pl.ds(first, width) for first in range(0, num_columns, width)]
 
 
