@@ -21,6 +21,7 @@ import numpy as np
 
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
+from jaxattn.cache import QUANTIZED_DTYPES
 from jaxattn.checkpoints import load_model
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
@@ -89,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     generate_.add_argument("--seed", type=int, default=0, help="of the random draws")
     generate_.add_argument("--stop-token-id", type=int, help="a sequence ends with this token")
     generate_.add_argument("--page-size", type=int, default=DEFAULT_PAGE_SIZE, help="tokens per cache page")
+    generate_.add_argument("--cache-dtype", choices=QUANTIZED_DTYPES, metavar="DTYPE",
+                           help=f"quantised cache, its scales measured on the prompts: "
+                                f"{', '.join(QUANTIZED_DTYPES)}; default: as the parameters")  # fmt: skip
     generate_.add_argument("--json", action="store_true", help="print one JSON object")
 
     logits = _command(commands, "logits", _logits, "write the logits of every token of every prompt")
@@ -176,8 +180,15 @@ def _generate(options: argparse.Namespace) -> None:
             plan,
             greedy=options.temperature == 0,
             top_k=options.top_k,
+            cache_dtype=options.cache_dtype,
             implementation=options.implementation,
         )
+        if options.cache_dtype:
+            programs.calibrate(
+                dataclasses.replace(plan.bucket, pages=0),
+                cache_dtype=options.cache_dtype,
+                implementation=options.implementation,
+            )
 
     model = load_model(options.path, dtype=options.dtype, precompile=precompile)
     tokens = generate(
@@ -188,6 +199,7 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         key=jax.random.key(options.seed),
         stop_token_id=options.stop_token_id,
+        cache_dtype=options.cache_dtype,
         implementation=options.implementation,
         page_size=options.page_size,
     )
