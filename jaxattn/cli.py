@@ -141,6 +141,8 @@ def _add_tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     several: dict = {"action": "append", "help": "once per value; default: by device"}
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), **several)
+    parser.add_argument("--cache-dtype", choices=QUANTIZED_DTYPES, action="append",
+                        help="measure a quantised cache too; once per value")  # fmt: skip
     parser.add_argument("--head-dim", type=int, action="append", help="once per value; default: 64 and 128")
     parser.add_argument("--page-size", type=_page_size, metavar="TOKENS", action="append",
                         help="once per value, 'none' for packed keys; default: 16 and none")  # fmt: skip
@@ -253,6 +255,7 @@ def _tune(options: argparse.Namespace) -> None:
     plan = default_plan(describe_device(), quick=options.quick)
     named = {
         "dtypes": options.dtype,
+        "cache_dtypes": options.cache_dtype,
         "head_dims": options.head_dim,
         "page_sizes": options.page_size,
         "implementations": options.implementation,

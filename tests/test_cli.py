@@ -154,9 +154,18 @@ def test_tune_replaces_a_file_if_forced(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "b").exists()
 
 
+def test_tune_a_quantised_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "measure", lambda *args, repeats: Measured(1.0, (1.0,), "host"))
+    out = tmp_path / "choices.json"
+    options = ["--quick", "--page-size", "16", "--head-dim", "16", "--implementation", "xla"]
+    assert run(["tune", *options, "--cache-dtype", "int8", "--out", str(out)]) == 0
+    assert [row.kv_dtype for row in read_table(out).rows] == 2 * [("float32",)] + 2 * [("int8",)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--cache-dtype", "float16"], "invalid choice: 'float16'"),
         (["--heads", "32"], "'32' must be query heads/key heads, such as 32/8"),
         (["--page-size", "0"], "'0' must be an integer of at least 1, or 'none'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
