@@ -19,7 +19,7 @@ from rich.progress import track
 
 def measured() -> Iterator[dict[resources.Key, resources.Resources]]:
     """The resources of every case whose test compares them."""
-    for case in track(test_sass.MAIN, "triton"):
+    for case in track((*test_sass.MAIN, *test_sass.MAIN_QUANTIZED), "triton"):
         yield test_sass.resources_by_key(case, test_sass.compile_case(case))
     for case in track(test_mosaic_sass.CASES, "mosaic"):
         with tempfile.TemporaryDirectory() as folder:
