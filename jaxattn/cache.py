@@ -131,7 +131,8 @@ def quantization_scale(x: Float[Array, "T K H"], dtype: jax.typing.DTypeLike) ->
         dtype: Element type of the quantised cache.
 
     Returns:
-        Scales, float32; of a head of zeros any positive number, of one with a NaN that is not a number NaN.
+        Scales, float32; some positive number for a head of zeros, none that is finite for a head in which a
+            number is not.
 
     Raises:
         ValueError: If the dtype is none of a quantised cache.
