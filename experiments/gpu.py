@@ -453,8 +453,8 @@ def time_case(case: SpeedCase, limits: Result, *, repeats: int, rotated: bool) -
 
             def attend_all(inputs: list[tuple], kernel: str = kernel) -> list[jax.Array]:
                 return [
-                    attention(*qkv, prepare_metadata(p.batch, case.spec), case.spec, implementation=kernel)
-                    for qkv, p in zip(inputs, problems, strict=True)
+                    attention(q, k, v, prepare_metadata(p.batch, case.spec), case.spec, implementation=kernel)
+                    for (q, k, v), p in zip(inputs, problems, strict=True)
                 ]
 
             yield timed_back(kernel, attend_all, [(p.q, p.k, p.v) for p in problems])
