@@ -534,8 +534,8 @@ def _bars(axes: Axes, values: dict[str, float], title: str, form: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=Setting.steps)
-    parser.add_argument("--seeds", type=int, default=Setting.seeds)
+    parser.add_argument("--steps", type=int, default=Setting().steps)
+    parser.add_argument("--seeds", type=int, default=Setting().seeds)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result and the picture")
     parser.add_argument("--checkpoint", type=Path, help="folder for the packed arm's decoder")
     parser.add_argument("--log", type=Path, help="file for a JSON line per evaluation")
