@@ -104,8 +104,8 @@ def run_demo(out: Path, *, train_steps: int = TRAIN_STEPS) -> None:
     console.print(f"\nThe schedule of the prompts' batch: [bold]{picture}[/]")
 
 
-def standard_library_functions() -> list[np.ndarray]:
-    """Short functions of Python's standard library, as bytes, in a fixed shuffled order."""
+def standard_library_functions(lens: range = DOCUMENT_LENS) -> list[np.ndarray]:
+    """Functions of Python's standard library of these lengths, as bytes, in a fixed shuffled order."""
     texts: set[str] = set()
     for name in SOURCES:
         path = Path(sysconfig.get_path("stdlib"), f"{name}.py")
@@ -115,7 +115,7 @@ def standard_library_functions() -> list[np.ndarray]:
         lines = source.splitlines(keepends=True)
         functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
         texts.update("".join(lines[node.lineno - 1 : node.end_lineno]) for node in functions)
-    ordered = sorted(text for text in texts if len(text) in DOCUMENT_LENS)
+    ordered = sorted(text for text in texts if len(text) in lens)
     shuffled = np.random.default_rng(0).permutation(len(ordered))
     return [np.frombuffer(ordered[i].encode("ascii", "replace"), np.uint8) for i in shuffled]
 
@@ -127,11 +127,10 @@ def training_batches(documents: list[np.ndarray], bucket: Bucket, seed: int = 0)
     return nest_batches(pack_best_fit(stream, bucket), bucket)
 
 
-def next_token_loss(params: Params, batch: RaggedBatch) -> Float[Array, ""]:
+def next_token_loss(params: Params, batch: RaggedBatch, config: DecoderConfig = CONFIG) -> Float[Array, ""]:
     """Mean cross-entropy of each token's successor in its own document, in nats."""
-    metadata = prepare_metadata(batch, CONFIG.layer_specs())
-    # The definition is the differentiable implementation; a batch of this size affords it.
-    hidden, _ = forward(params, CONFIG, batch.token_ids, metadata, implementation="reference")
+    metadata = prepare_metadata(batch, config.layer_specs())
+    hidden, _ = forward(params, config, batch.token_ids, metadata)
     return next_token_cross_entropy(unembed(params, hidden), batch)
 
 

@@ -35,6 +35,7 @@ LENGTHS = (9, 1, 17, 5)
 BUCKET = Bucket(tokens=40, seqs=8)
 ENDS = np.cumsum(LENGTHS)
 FLAVOURS = ("linen", "nnx")
+IMPLEMENTATIONS = ("reference", "xla")
 
 MHA = AttentionSpec(num_q_heads=4, num_kv_heads=4, head_dim=8)
 GQA = AttentionSpec(
@@ -127,8 +128,8 @@ def assert_dense(got: Any, params: Any, spec: AttentionSpec, x: np.ndarray) -> N
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("has_biases", [False, True])
-def test_is_flax_own_attention_of_each_document(flavour, has_biases):
+@pytest.mark.parametrize(("implementation", "has_biases"), [("reference", False), ("xla", True)])
+def test_is_flax_own_attention_of_each_document(flavour, implementation, has_biases):
     """With the same parameters: outputs, and gradients of parameters and features."""
     options = {"use_qkv_bias": has_biases, "use_out_bias": has_biases}
     params, x, metadata = make_params(MHA, **options), features(), make_metadata(MHA)
@@ -145,7 +146,9 @@ def test_is_flax_own_attention_of_each_document(flavour, has_biases):
         return sum(losses[1:], losses[0])
 
     def loss(params, x):
-        y = apply(flavour, params, MHA, x, metadata, precision="highest", **options)
+        y = apply(
+            flavour, params, MHA, x, metadata, precision="highest", implementation=implementation, **options
+        )
         return (y * weights)[: ENDS[-1]].sum()
 
     expected = jax.jit(jax.value_and_grad(flax_loss, argnums=(0, 1)))(params, x)
@@ -154,7 +157,7 @@ def test_is_flax_own_attention_of_each_document(flavour, has_biases):
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["plain", "options"])
 def test_is_a_dense_layer_of_each_document(flavour, implementation, options):
     params, x = make_params(GQA, **options), features()
@@ -200,7 +203,7 @@ def test_initial_parameters(flavour):
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_paged_steps_give_what_the_packed_call_gives(flavour, implementation):
     """A prefill of parts of the documents, a chunk, then decode steps: each row as in one packed call."""
     params, x = make_params(GQA, **ALL_OPTIONS), features()
@@ -256,12 +259,13 @@ def test_other_documents_change_no_bit(flavour, implementation, poison):
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_no_gradient_crosses_documents(flavour):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_gradient_crosses_documents(flavour, implementation):
     """d loss of document i / d features of document j is exactly 0, and of padding too."""
     params, x, metadata = make_params(GQA, **ALL_OPTIONS), features(), make_metadata(GQA)
 
     def loss(x, of_document):
-        y = apply(flavour, params, GQA, x, metadata, **ALL_OPTIONS)
+        y = apply(flavour, params, GQA, x, metadata, implementation=implementation, **ALL_OPTIONS)
         return (y**2).sum(where=of_document[:, None])
 
     gradient = jax.jit(jax.grad(loss))
@@ -275,8 +279,10 @@ def test_no_gradient_crosses_documents(flavour):
 LAYERS = 3
 
 
-def make_stack(x: np.ndarray) -> tuple[list[dict[str, Any]], Any, Any]:
+@functools.cache
+def make_stack(implementation: str) -> tuple[list[dict[str, Any]], Any, Any]:
     """Parameters of some layers, a loss of all of them one after the other, and its gradient."""
+    x = features()
     params = [jax.tree.map(lambda leaf, i=i: leaf * (1 + 0.1 * i), make_params(GQA)) for i in range(LAYERS)]
 
     metadata = make_metadata(GQA)
@@ -284,7 +290,7 @@ def make_stack(x: np.ndarray) -> tuple[list[dict[str, Any]], Any, Any]:
     def loss(params):
         y = x
         for layer in params:
-            y = y + apply("linen", layer, GQA, y, metadata)
+            y = y + apply("linen", layer, GQA, y, metadata, implementation=implementation)
         return (y[: ENDS[-1]] ** 2).mean()
 
     return params, *jax.jit(jax.value_and_grad(loss))(params)
@@ -299,16 +305,22 @@ def assert_close(got: Any, expected: Any) -> None:
 
 
 class LinenBlock(nn.Module):
+    implementation: str
+
     @nn.compact
     def __call__(self, x, metadata):
-        return x + jaxattn.nn.linen.Attention(GQA, implementation="reference", name="attention")(x, metadata)
+        attention = jaxattn.nn.linen.Attention(GQA, implementation=self.implementation, name="attention")
+        return x + attention(x, metadata)
 
 
-@pytest.mark.parametrize("rematerialised", [False, True])
-def test_linen_scan_over_layers(rematerialised):
+SCANS = [("reference", False), ("xla", True)]
+
+
+@pytest.mark.parametrize(("implementation", "rematerialised"), SCANS)
+def test_linen_scan_over_layers(implementation, rematerialised):
     """Metadata closed over; with `nn.remat` too."""
     x, metadata = features(), make_metadata(GQA)
-    params, value, gradients = make_stack(x)
+    params, value, gradients = make_stack(implementation)
     block = nn.remat(LinenBlock, prevent_cse=False) if rematerialised else LinenBlock
 
     class Stack(nn.Module):
@@ -320,7 +332,7 @@ def test_linen_scan_over_layers(rematerialised):
                 split_rngs={"params": True},
                 length=LAYERS,
             )
-            return scan(block(name="layers"), x, None)[0]
+            return scan(block(implementation, name="layers"), x, None)[0]
 
     @jax.jit
     def loss(params):
@@ -331,16 +343,16 @@ def test_linen_scan_over_layers(rematerialised):
     assert_close(jax.value_and_grad(loss)(stacked(params)), (value, stacked(gradients)))
 
 
-@pytest.mark.parametrize("rematerialised", [False, True])
-def test_nnx_scan_over_layers(rematerialised):
+@pytest.mark.parametrize(("implementation", "rematerialised"), SCANS)
+def test_nnx_scan_over_layers(implementation, rematerialised):
     """Under `nnx.jit`, metadata closed over; with `nnx.remat` too."""
     x, metadata = features(), make_metadata(GQA)
-    params, value, gradients = make_stack(x)
+    params, value, gradients = make_stack(implementation)
 
     @nnx.split_rngs(splits=LAYERS)
     @nnx.vmap(in_axes=0)
     def create(rngs):
-        return jaxattn.nn.nnx.Attention(D, GQA, implementation="reference", rngs=rngs)
+        return jaxattn.nn.nnx.Attention(D, GQA, implementation=implementation, rngs=rngs)
 
     layers = create(nnx.Rngs(0))
     state = nnx.state(layers)
@@ -363,14 +375,14 @@ def test_nnx_scan_over_layers(rematerialised):
     assert_close((got_value, nnx.to_pure_dict(got)), (value, stacked(gradients)))
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_checkpointed_layers_have_the_same_gradients(flavour):
+@pytest.mark.parametrize(("flavour", "implementation"), [("linen", "reference"), ("nnx", "xla")])
+def test_checkpointed_layers_have_the_same_gradients(flavour, implementation):
     x = features()
-    params, value, gradients = make_stack(x)
+    params, value, gradients = make_stack(implementation)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def block(layer, y, metadata):
-        return y + apply(flavour, layer, GQA, y, metadata)
+        return y + apply(flavour, layer, GQA, y, metadata, implementation=implementation)
 
     metadata = make_metadata(GQA)
 
