@@ -24,7 +24,7 @@ def score(
     """Logits of every token of an unpaged batch, without a cache."""
     metadata = prepare_metadata(batch, config.layer_specs())
     hidden, _ = forward(params, config, batch.token_ids, metadata, implementation=implementation)
-    return unembed(params, hidden)
+    return unembed(params, config, hidden)
 
 
 def step(
@@ -42,7 +42,7 @@ def step(
         params, config, batch.token_ids, metadata, cache, implementation=implementation
     )
     assert new_cache is not None
-    return unembed(params, hidden[metadata.logits_indices[:num_rows]]), new_cache
+    return unembed(params, config, hidden[metadata.logits_indices[:num_rows]]), new_cache
 
 
 def prefill(
