@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from jaxattn.checkpoints import CheckpointError, load_model, load_params
 from jaxattn.checkpoints.load import open_checkpoint
-from jaxattn.checkpoints.mapping import Layout, Row
+from jaxattn.checkpoints.rows import Layout, Row
 from jaxattn.models import DecoderConfig
 
 TENSORS = tiny.random_tensors(tiny.LLAMA)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import Bucket, DecoderConfig, nest_sequences, prepare_metadata
+from jaxattn import Bucket, DecoderConfig, RopeConfig, nest_sequences, prepare_metadata
 from jaxattn.models import abstract_params, forward, init_params
 from jaxattn.models.decoder import rms_norm
 
@@ -67,6 +67,14 @@ def test_random_parameters_norm_by_one_and_have_no_biases(config):
     for layer in params["layers"]:
         assert all((leaf == one).all() for name, leaf in layer.items() if name.endswith("norm"))
         assert not any(leaf.any() for name, leaf in layer.items() if name.endswith("bias"))
+
+
+def test_metadata_are_derived_once_per_rope_and_window():
+    ropes = (RopeConfig(), RopeConfig(theta=500.0))
+    config = dataclasses.replace(GEMMA, num_layers=6, ropes=ropes * 3, sliding_windows=(None, 5) * 3)
+    metadata = prepare_metadata(nest_sequences([[3, 1]], bucket=Bucket(8, 1)), config.layer_specs())
+    assert [tables.config for tables in metadata.rope_tables] == list(ropes)
+    assert len(metadata.visible) == 2
 
 
 def test_one_window_and_one_rope_stand_for_all_layers():

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.checkpoints.hf_config import read_config
 from jaxattn.checkpoints.locate import Location, locate
-from jaxattn.checkpoints.mapping import HEAD, Layout, Leaf, Plan, leaf_name, match
+from jaxattn.checkpoints.mapping import HEAD, Leaf, Plan, leaf_name, match
+from jaxattn.checkpoints.rows import Layout
 from jaxattn.checkpoints.tables import choose_table
 from jaxattn.checkpoints.weights import Weights
 from jaxattn.models import DecoderConfig, Model, Programs, abstract_params

@@ -42,7 +42,7 @@ class SafetensorsWeights:
         for file, leaves in self.files.items():
             try:
                 with safe_open(file, framework="numpy") as stored:
-                    for name in names & leaves.keys():
+                    for name in (name for name in leaves if name in names):
                         yield name, to_device(stored.get_tensor(name), leaves[name])
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"cannot read {file}: {summarize(error)}") from error

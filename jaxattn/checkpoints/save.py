@@ -12,7 +12,8 @@ import jax
 from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.checkpoints.hf_config import config_to_dict
 from jaxattn.checkpoints.locate import CONFIG
-from jaxattn.checkpoints.mapping import Layout, expand, leaf_name
+from jaxattn.checkpoints.mapping import expand, leaf_name
+from jaxattn.checkpoints.rows import Layout
 from jaxattn.checkpoints.tables import flax_table
 from jaxattn.models import DecoderConfig, Model
 from jaxattn.models.decoder import Params

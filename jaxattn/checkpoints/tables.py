@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxattn.checkpoints.mapping import HEAD, Leaf, Row, normalize, weights_among
+from jaxattn.checkpoints.mapping import HEAD, Leaf, normalize, weights_among
+from jaxattn.checkpoints.rows import Row
 from jaxattn.models import DecoderConfig
 
 # Torch stores matrices as [out, in].
