@@ -446,7 +446,7 @@ def decoder_calls(case: Case) -> dict[str, Call]:
 
     def run(cache: Any, batch: RaggedBatch, metadata: AttentionMetadata) -> tuple[jax.Array, Any]:
         hidden, cache = forward(params, CONFIG, batch.token_ids, metadata, cache, implementation="xla")
-        return unembed(params, hidden[metadata.logits_indices]), cache
+        return unembed(params, CONFIG, hidden[metadata.logits_indices]), cache
 
     on_given = jax.jit(run, donate_argnums=0)
     on_batch = jax.jit(lambda cache, batch: run(cache, batch, prepare_for_xla(batch)), donate_argnums=0)

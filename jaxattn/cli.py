@@ -121,7 +121,7 @@ def _command(commands, name: str, function, summary: str) -> argparse.ArgumentPa
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a Flax checkpoint with its config.json")
+    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint with its config.json")
     parser.add_argument(
         "--prompt-ids",
         action="append",

@@ -131,7 +131,7 @@ def next_token_loss(params: Params, batch: RaggedBatch, config: DecoderConfig = 
     """Mean cross-entropy of each token's successor in its own document, in nats."""
     metadata = prepare_metadata(batch, config.layer_specs())
     hidden, _ = forward(params, config, batch.token_ids, metadata)
-    return next_token_cross_entropy(unembed(params, hidden), batch)
+    return next_token_cross_entropy(unembed(params, config, hidden), batch)
 
 
 def trained_checkpoint(console: Console, out: Path, documents: list[np.ndarray], steps: int) -> Path:
@@ -249,10 +249,10 @@ def _check_against_dense(
 def dense_logits(model: Model, token_ids: Array) -> Float[Array, "L V"]:
     """Logits of one padded sequence with `jax.nn`'s attention: no metadata, no pages, no kernel."""
     params, config = model.params, model.config
-    rotation = rope_tables(config.rope, config.head_dim, jnp.arange(token_ids.shape[0]))
     x = params["embed"][token_ids]
-    for layer, window in zip(params["layers"], config.sliding_windows, strict=True):
-        h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
+    for layer, window, rope in zip(params["layers"], config.sliding_windows, config.ropes, strict=True):
+        rotation = rope_tables(rope, config.head_dim, jnp.arange(token_ids.shape[0]))
+        h = rms_norm(x, layer["attention_norm"], config)
         q, k, v = (jnp.einsum("td,dnh->tnh", h, layer[name]) for name in "qkv")
         out = jax.nn.dot_product_attention(
             rotate(q, rotation),
@@ -262,9 +262,9 @@ def dense_logits(model: Model, token_ids: Array) -> Float[Array, "L V"]:
             local_window_size=None if window is None else (window - 1, 0),
         )
         x = x + jnp.einsum("tnh,nhd->td", out, layer["o"])
-        h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
+        h = rms_norm(x, layer["mlp_norm"], config)
         x = x + (jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"]
-    return unembed(params, rms_norm(x, params["final_norm"], config.rms_norm_eps))
+    return unembed(params, config, rms_norm(x, params["final_norm"], config))
 
 
 def _show_text(console: Console, prompts: list[np.ndarray], tokens: list[list[int]]) -> None:

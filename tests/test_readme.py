@@ -3,14 +3,16 @@
 import re
 from pathlib import Path
 
+import checkpoint_matrix
 import jax
 import numpy as np
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def run_example(number: int) -> dict:
     """Everything that the example defines."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    examples = re.findall(r"<!-- tested by tests/test_readme.py -->\n```python\n(.*?)```", text, re.DOTALL)
+    examples = re.findall(r"<!-- tested by tests/test_readme.py -->\n```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(examples[number], names)
     return names
@@ -29,3 +31,7 @@ def test_own_model_learns():
     assert len(names["losses"]) > 30
     assert names["losses"][0] > 4
     assert names["losses"][-1] < 1
+
+
+def test_checkpoints_are_those_of_the_tests():
+    assert checkpoint_matrix.markdown() in README

@@ -1,11 +1,12 @@
-"""Flax checkpoints of Llama-family decoders: found, checked against their config, and loaded.
+"""Checkpoints of decoders: found, checked against their config, and loaded.
 
 model = load_model("path/to/checkpoint", dtype="bfloat16")
 
-Two formats are read: Hugging Face's Flax files (`flax_model.msgpack`, sharded or not) and Orbax
-checkpoints of a Linen parameter tree, each beside a `config.json`. What a config means is what
-Hugging Face's torch models compute from it. Names and shapes are compared with the config before
-any weight is read, and every disagreement is reported in one error.
+Three formats are read, each beside a `config.json`: safetensors (`model.safetensors`, sharded or not),
+Hugging Face's Flax files (`flax_model.msgpack`, sharded or not) and Orbax checkpoints of a Linen parameter
+tree; of the families Llama, Mistral, Phi-3, Qwen 2 and 3, Gemma 1, 2 and 3. What a config means is what
+Hugging Face's torch models compute from it. Names and shapes are compared with the config before any weight
+is read, and every disagreement is reported in one error.
 """
 
 from jaxattn.checkpoints.errors import CheckpointError

@@ -1,50 +1,36 @@
 """Hugging Face's config.json, in the dialects of transformers 4 and 5, as a DecoderConfig.
 
-A key means what Hugging Face's torch models make of it, and two keys of other families are followed
-where a Llama has them: `layer_types` with `sliding_window`, and `attn_logit_softcapping`. What the
-decoder does not compute is refused by name, never ignored.
+A key means what Hugging Face's torch models make of it, and keys of other families are followed wherever
+they stand: `layer_types` with `sliding_window`, `rope_parameters` by layer type, `query_pre_attn_scalar`, and
+the soft caps. What the decoder does not compute is refused by name, never ignored. Of a model of images and
+text, whose decoder's keys are nested in `text_config`, the decoder is read. In which dtype the weights are
+stored, they say themselves, so `torch_dtype` and `dtype` are not read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from jaxattn.checkpoints.config_values import count, flag, number, optional_count, optional_number
 from jaxattn.checkpoints.errors import CheckpointError
+from jaxattn.checkpoints.families import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    FAMILIES,
+    FULL,
+    LLAMA_DEFAULTS,
+    MULTIMODAL,
+    SLIDING,
+    Family,
+)
 from jaxattn.checkpoints.locate import CONFIG, as_path, locate
-from jaxattn.models import DecoderConfig, RopeConfig
-
-
-class Family(NamedTuple):
-    """What a model type makes of keys that its config leaves out.
-
-    Attributes:
-        num_kv_heads: Default of `num_key_value_heads`; None for as many as query heads.
-        sliding_window: Default of `sliding_window`.
-        window_everywhere: Whether a window without `layer_types` is that of all layers.
-    """
-
-    num_kv_heads: int | None = None
-    sliding_window: int | None = None
-    window_everywhere: bool = False
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(num_kv_heads=8, sliding_window=4096, window_everywhere=True),
-}
-
-_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "FlaxLlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "FlaxMistralForCausalLM": "mistral",
-}
+from jaxattn.checkpoints.rope_config import read_ropes, write_ropes
+from jaxattn.models import DecoderConfig
 
 _REQUIRED = (
     "vocab_size",
@@ -54,28 +40,27 @@ _REQUIRED = (
     "num_attention_heads",
 )
 
-# The only values of keys that would change what the decoder computes; the first is the default.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "partial_rotary_factor": (1, None),
-    "num_local_experts": (None,),
-    "quantization_config": (None,),
-    "final_logit_softcapping": (None,),
-}
+# Keys whose null is not their default, but says that there is no such thing.
+_NULLABLE = (
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
-_ROPE_NUMBERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+_NO_EXPERTS = "mixtures of experts are not supported; load a dense model"
+# Keys that would change what the decoder computes: the values it can have besides null, and what else to do.
+_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((False,), "the output projection has no bias here; convert to a model without"),
+    "mlp_bias": ((False,), "the MLP has no biases here; convert to a model without"),
+    "partial_rotary_factor": ((1,), "whole heads are rotated here; load a model of this family that does so"),
+    "num_local_experts": ((), _NO_EXPERTS),
+    "num_experts": ((0,), _NO_EXPERTS),
+    "quantization_config": ((), "quantized weights are not read; load the unquantized model"),
+    "use_bidirectional_attention": ((False,), "this decoder is causal; load a causal model"),
 }
-_ROPE_KEYS = {
-    "type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings",
-    *_ROPE_NUMBERS["llama3"],
-}  # fmt: skip
 
 # A layer costs memory before any weight has been seen; no decoder comes near this many.
 _MAX_LAYERS = 10_000
@@ -130,29 +115,41 @@ def config_from_dict(raw: Mapping[str, Any]) -> DecoderConfig:
         CheckpointError: If keys are missing, mistyped or contradictory, or ask for something that
             the decoder does not compute.
     """
-    family = FAMILIES[_model_type(raw)]
-    missing = [key for key in _REQUIRED if raw.get(key) is None]
+    model_type, raw = _decoder_keys(raw)
+    family = FAMILIES[model_type]
+    values = {**LLAMA_DEFAULTS, **family.defaults}
+    values |= {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}
+    missing = [key for key in _REQUIRED if key not in values]
     if missing:
         raise CheckpointError(f"the config lacks {', '.join(missing)}")
-    _check_supported(raw)
-    num_layers, num_heads = _count(raw, "num_hidden_layers"), _count(raw, "num_attention_heads")
+    _check_supported(values, family)
+    num_layers, num_heads = count(values, "num_hidden_layers"), count(values, "num_attention_heads")
     if num_layers > _MAX_LAYERS:
         raise CheckpointError(f"num_hidden_layers={num_layers} is more than {_MAX_LAYERS}")
-    num_kv_heads = _optional_count(raw, "num_key_value_heads", family.num_kv_heads) or num_heads
+    layer_types, window = _layer_types(values, family, num_layers)
+    query_scalar = optional_number(values, "query_pre_attn_scalar")
     try:
         return DecoderConfig(
-            vocab_size=_count(raw, "vocab_size"),
-            hidden_size=_count(raw, "hidden_size"),
-            intermediate_size=_count(raw, "intermediate_size"),
+            vocab_size=count(values, "vocab_size"),
+            hidden_size=count(values, "hidden_size"),
+            intermediate_size=count(values, "intermediate_size"),
             num_layers=num_layers,
             num_q_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=_head_dim(raw),
-            sliding_windows=_sliding_windows(raw, family, num_layers),
-            rope=_rope(raw),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            tie_embeddings=_flag(raw, "tie_word_embeddings"),
-            logits_soft_cap=_optional_number(raw, "attn_logit_softcapping"),
+            num_kv_heads=optional_count(values, "num_key_value_heads") or num_heads,
+            head_dim=_head_dim(values),
+            sliding_windows=tuple(window if layer == SLIDING else None for layer in layer_types),
+            ropes=read_ropes(raw, family, layer_types),
+            activation=_activation(raw, family),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            post_norms=family.post_norms,
+            norm_offset=family.norm_offset,
+            rms_norm_eps=number(values, "rms_norm_eps"),
+            embedding_scale=count(values, "hidden_size") ** 0.5 if family.scaled_embedding else None,
+            tie_embeddings=flag(values, "tie_word_embeddings"),
+            attention_scale=None if query_scalar is None else query_scalar**-0.5,
+            logits_soft_cap=optional_number(values, "attn_logit_softcapping"),
+            final_logits_soft_cap=optional_number(values, "final_logit_softcapping"),
         )
     except CheckpointError:
         raise
@@ -163,15 +160,23 @@ def config_from_dict(raw: Mapping[str, Any]) -> DecoderConfig:
 def config_to_dict(config: DecoderConfig) -> dict[str, Any]:
     """Write a configuration in Hugging Face's terms; `config_from_dict` reads it back.
 
+    The model type is the first that has what the decoder needs; of those that would do, one that has
+    windows if the decoder has.
+
     Raises:
-        CheckpointError: If layers have windows of different sizes, which these terms cannot say.
+        CheckpointError: If these terms cannot say it: windows of several sizes, several rotary embeddings
+            among layers of one type, or biases, norms and scales that no model type has together.
     """
     windows = sorted({window for window in config.sliding_windows if window is not None})
     if len(windows) > 1:
         raise CheckpointError(f"sliding_windows={config.sliding_windows}: config.json has room for one size")
+    name = _model_type_for(config)
+    family = FAMILIES[name]
+    layer_types = [FULL if window is None else SLIDING for window in config.sliding_windows]
+    activation = next(key for key, value in ACTIVATIONS.items() if value == config.activation)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -179,159 +184,154 @@ def config_to_dict(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_q_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        family.activation_key: activation,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config.rope),
+        **write_ropes(config.ropes, family, layer_types),
         "sliding_window": windows[0] if windows else None,
-        "layer_types": [_FULL if window is None else _SLIDING for window in config.sliding_windows],
+        **({"use_sliding_window": bool(windows)} if family.windows == "last" else {}),
+        "layer_types": layer_types,
         "tie_word_embeddings": config.tie_embeddings,
+        "query_pre_attn_scalar": _query_scalar(config.attention_scale),
         "attn_logit_softcapping": config.logits_soft_cap,
+        "final_logit_softcapping": config.final_logits_soft_cap,
     }
 
 
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.kind == "default":
+def _model_type_for(config: DecoderConfig) -> str:
+    scaled = config.embedding_scale is not None
+    needed = {name: getattr(config, name) for name in ("qkv_bias", "qk_norm", "post_norms", "norm_offset")}
+    found = [
+        name
+        for name, family in FAMILIES.items()
+        if all(getattr(family, key) == value for key, value in needed.items())
+        and family.scaled_embedding == scaled
+    ]
+    if not found:
+        what = ", ".join(f"{key}={value}" for key, value in needed.items())
+        raise CheckpointError(f"no model type has {what}, embedding_scale={config.embedding_scale}")
+    if scaled and config.embedding_scale != config.hidden_size**0.5:
+        raise CheckpointError(
+            f"embedding_scale={config.embedding_scale}: config.json has room for √hidden_size or none"
+        )
+    windowed = [name for name in found if FAMILIES[name].windows != "none"]
+    return windowed[0] if windowed and any(config.sliding_windows) else found[0]
+
+
+def _query_scalar(scale: float | None) -> int | float | None:
+    """The number whose power of -1/2 is a scale; rounded like it, and a whole one if there is one."""
+    if scale is None:
         return None
-    numbers = {key: getattr(rope, key) for key in _ROPE_NUMBERS[rope.kind]}
-    if rope.kind == "llama3":
-        numbers["original_max_position_embeddings"] = rope.original_max_position
-    return {"rope_type": rope.kind, **numbers}
+
+    def candidates() -> Iterator[int | float]:
+        below = above = scale**-2
+        yield round(above)
+        for _ in range(8):  # the power of -1/2 halves relative distances: some neighbour is right
+            yield from (below, above)
+            below, above = math.nextafter(below, 0), math.nextafter(above, math.inf)
+
+    for candidate in candidates():
+        if candidate > 0 and float(candidate) ** -0.5 == scale:
+            return candidate
+    raise CheckpointError(f"attention_scale={scale}: config.json has room for x ** -0.5")
 
 
-def _model_type(raw: Mapping[str, Any]) -> str:
+def _decoder_keys(raw: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The model type and keys of the decoder, which a multimodal config nests."""
     architectures = raw.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
-    model_type = raw.get("model_type") or (_ARCHITECTURES.get(named) if isinstance(named, str) else None)
+    model_type = raw.get("model_type") or (ARCHITECTURES.get(named) if isinstance(named, str) else None)
+    nested = raw.get("text_config")
+    if isinstance(model_type, str) and model_type in MULTIMODAL:
+        if not isinstance(nested, Mapping):
+            raise CheckpointError(
+                f"model_type={model_type!r} needs text_config, an object of keys and values"
+            )
+        outer = {key: raw[key] for key in (*_ONLY, "tie_word_embeddings") if key in raw}
+        return MULTIMODAL[model_type], {**outer, **nested}
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         what = (
             f"model_type={raw.get('model_type')!r}" if "model_type" in raw else "the config has no model_type"
         )
-        raise CheckpointError(f"{what}; supported are {', '.join(map(repr, FAMILIES))}")
-    return model_type
+        supported = ", ".join(map(repr, (*FAMILIES, *MULTIMODAL)))
+        raise CheckpointError(f"{what}; supported are {supported}")
+    return model_type, raw
 
 
-def _check_supported(raw: Mapping[str, Any]) -> None:
-    for key, values in _ONLY.items():
-        value = raw.get(key, values[0])
-        if value not in values:
-            raise CheckpointError(f"{key}={value!r} is not supported, only {values[0]!r}")
+def _check_supported(values: Mapping[str, Any], family: Family) -> None:
+    for key, (allowed, remedy) in _ONLY.items():
+        if key == "attention_bias" and family.qkv_bias:
+            continue  # Qwen 2 has no such key: its biases are always there, and never on the output
+        if values.get(key) is not None and values[key] not in allowed:
+            raise CheckpointError(f"{key}={values[key]!r} is not supported: {remedy}")
 
 
-def _head_dim(raw: Mapping[str, Any]) -> int:
-    hidden_size, num_heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
-    if raw.get("head_dim") is None and hidden_size % num_heads:
+def _activation(raw: Mapping[str, Any], family: Family) -> str:
+    key = family.activation_key
+    name = raw.get(key)
+    if name is None:
+        name = {**LLAMA_DEFAULTS, **family.defaults}[key]
+        # Gemma's older key: "gelu" in the first files of Gemma 1, which transformers 4 takes for the default.
+        if key != "hidden_act" and raw.get("hidden_act") not in (None, "gelu", name):
+            raise CheckpointError(
+                f"hidden_act={raw['hidden_act']!r} contradicts {name!r}, and transformers 4 and 5 do not "
+                f"follow the same of them; give {key}"
+            )
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise CheckpointError(f"{key}={name!r} is not supported, only {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[name]
+
+
+def _head_dim(values: Mapping[str, Any]) -> int:
+    hidden_size, num_heads = count(values, "hidden_size"), count(values, "num_attention_heads")
+    if values.get("head_dim") is None and hidden_size % num_heads:
         raise CheckpointError(
             f"without head_dim, hidden_size={hidden_size} must be a multiple of "
             f"num_attention_heads={num_heads}"
         )
-    return _optional_count(raw, "head_dim") or hidden_size // num_heads
+    return optional_count(values, "head_dim") or hidden_size // num_heads
 
 
-def _sliding_windows(raw: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
-    """The window of each layer, in visible keys, the query's own included."""
-    window = _optional_count(raw, "sliding_window", family.sliding_window)
-    layer_types = raw.get("layer_types")
+def _layer_types(
+    values: Mapping[str, Any], family: Family, num_layers: int
+) -> tuple[Sequence[str], int | None]:
+    """Per layer, whether it slides; and the window, in visible keys, the query's own included."""
+    window = optional_count(values, "sliding_window")
+    unused = family.windows == "last" and not flag(values, "use_sliding_window")
+    if unused:
+        window = None
+    layer_types = values.get("layer_types")
     if layer_types is None:
-        if window is not None and not family.window_everywhere:
+        layer_types = _default_layer_types(values, family, num_layers, window)
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        raise CheckpointError(f"layer_types={layer_types!r} must list num_hidden_layers={num_layers} types")
+    for layer_type in layer_types:
+        if layer_type not in (FULL, SLIDING):
+            raise CheckpointError(f"layer_types has {layer_type!r}; supported are {FULL!r} and {SLIDING!r}")
+    if SLIDING in layer_types and window is None:
+        which = "use_sliding_window is not true" if unused else "sliding_window is missing"
+        raise CheckpointError(f"layer_types has {SLIDING!r}, but {which}")
+    return layer_types, window
+
+
+def _default_layer_types(
+    values: Mapping[str, Any], family: Family, num_layers: int, window: int | None
+) -> list[str]:
+    match family.windows:
+        case "none" if window is not None:
             raise CheckpointError(
                 f"sliding_window={window} does not say which layers it is for: add layer_types, or use "
                 "model_type 'mistral', where it is for all"
             )
-        return (window,) * num_layers
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-        raise CheckpointError(f"layer_types={layer_types!r} must list num_hidden_layers={num_layers} types")
-    for layer_type in layer_types:
-        if layer_type not in (_FULL, _SLIDING):
-            raise CheckpointError(f"layer_types has {layer_type!r}; supported are {_FULL!r} and {_SLIDING!r}")
-    if _SLIDING in layer_types and window is None:
-        raise CheckpointError(f"layer_types has {_SLIDING!r}, but sliding_window is missing")
-    return tuple(window if layer_type == _SLIDING else None for layer_type in layer_types)
-
-
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """Transformers 4 writes `rope_theta` and `rope_scaling`, 5 writes all into `rope_parameters`."""
-    if raw.get("rope_parameters") is not None and raw.get("rope_scaling") is not None:
-        raise CheckpointError("the config has both rope_parameters and rope_scaling; keep one")
-    key = "rope_scaling" if raw.get("rope_parameters") is None else "rope_parameters"
-    scaling = {} if raw.get(key) is None else raw[key]
-    if not isinstance(scaling, Mapping):
-        raise CheckpointError(f"{key}={scaling!r} must be an object of keys and values")
-    kind = _rope_kind(key, scaling)
-    unknown = sorted(set(scaling) - _ROPE_KEYS)
-    if unknown or scaling.get("partial_rotary_factor", 1) not in _ONLY["partial_rotary_factor"]:
-        raise CheckpointError(
-            f"{key}={dict(scaling)!r} is not supported: {unknown or 'partial_rotary_factor'}"
-        )
-    rope = RopeConfig(theta=_rope_theta(raw, scaling), kind=kind)
-    for name in _ROPE_NUMBERS[kind]:
-        rope = replace(rope, **{name: _number(scaling, name, owner=key)})
-    if kind != "llama3":
-        return rope
-    if rope.high_freq_factor <= rope.low_freq_factor:
-        raise CheckpointError(f"{key}={dict(scaling)!r}: high_freq_factor must be above low_freq_factor")
-    return replace(rope, original_max_position=_count(scaling, "original_max_position_embeddings", owner=key))
-
-
-def _rope_kind(key: str, scaling: Mapping[str, Any]) -> str:
-    kinds = {scaling[name] for name in ("rope_type", "type") if isinstance(scaling.get(name), str)}
-    if not scaling or (not kinds and key == "rope_parameters"):
-        return "default"
-    if len(kinds) != 1:
-        raise CheckpointError(f"{key}={dict(scaling)!r} must name one rope_type")
-    (kind,) = kinds
-    if kind not in _ROPE_NUMBERS:
-        raise CheckpointError(
-            f"{key} has rope_type {kind!r}; supported are {', '.join(map(repr, _ROPE_NUMBERS))}"
-        )
-    return kind
-
-
-def _rope_theta(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> float:
-    outer = _number(raw, "rope_theta", 10000.0)
-    inner = _number(scaling, "rope_theta", outer)
-    if raw.get("rope_theta") is not None and inner != outer:
-        raise CheckpointError(f"the config has two values of rope_theta, {outer} and {inner}")
-    return inner
-
-
-def _count(raw: Mapping[str, Any], key: str, *, owner: str = "") -> int:
-    value = raw.get(key)
-    # Not isinstance: a bool is an int, and "num_hidden_layers": true is no number of layers.
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{_name(key, owner)}={_shown(value)} must be a whole number of at least 1")
-    return value
-
-
-def _optional_count(raw: Mapping[str, Any], key: str, default: int | None = None) -> int | None:
-    """The default where the key is missing, None where it is null."""
-    value = raw.get(key, default)
-    return None if value is None else _count({key: value}, key)
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float | None = None, *, owner: str = "") -> float:
-    """A positive number; the default, if there is one, where the key is missing or null."""
-    value: Any = default if raw.get(key) is None else raw[key]
-    # NaN compares false and is refused; so is an integer that no float can hold.
-    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"{_name(key, owner)}={_shown(value)} must be a positive number")
-    return float(value)
-
-
-def _optional_number(raw: Mapping[str, Any], key: str) -> float | None:
-    return None if raw.get(key) is None else _number(raw, key)
-
-
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key, False)
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    raise CheckpointError(f"{key}={value!r} must be true or false")
-
-
-def _name(key: str, owner: str) -> str:
-    return f"{owner}.{key}" if owner else key
-
-
-def _shown(value: Any) -> str:
-    return "(missing)" if value is None else repr(value)
+        case "none":
+            slides = [False] * num_layers
+        case "all":
+            slides = [window is not None] * num_layers
+        case "last":
+            first = values["max_window_layers"]
+            if type(first) is not int or first < 0:
+                raise CheckpointError(f"max_window_layers={first!r} must be a whole number of at least 0")
+            slides = [window is not None and i >= first for i in range(num_layers)]
+        case _:  # a pattern
+            pattern = count(values, "sliding_window_pattern")
+            slides = [(i + 1) % pattern != 0 for i in range(num_layers)]
+    return [SLIDING if slide else FULL for slide in slides]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxattn.checkpoints.convert import lower_converter
 from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.checkpoints.hf_config import read_config
 from jaxattn.checkpoints.locate import Location, locate
-from jaxattn.checkpoints.mapping import HEAD, Leaf, Plan, match
+from jaxattn.checkpoints.mapping import HEAD, Leaf, Plan, leaf_name, match
+from jaxattn.checkpoints.rows import Layout
+from jaxattn.checkpoints.tables import choose_table
 from jaxattn.checkpoints.weights import Weights
-from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.models import DecoderConfig, Model, Programs, abstract_params
 from jaxattn.models.decoder import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,18 +33,27 @@ class Checkpoint:
         weights: Where they are.
         plan: What becomes of them.
         dtype: Of the parameters.
-        converter: The program that makes parameters of them.
     """
 
     weights: Weights
     plan: Plan
     dtype: jnp.dtype
-    converter: jax.stages.Lowered
 
     def read(self) -> Params:
-        """Read the weights and convert them. This can be done once."""
-        stored = self.weights.read(set(self.plan.sources.values()))
-        return self.converter.compile()(stored)
+        """Read the weights and convert them, one by one. This can be done once."""
+        plan = self.plan
+        leaves = {}
+        for source, stored in self.weights.read(set(plan.sources.values())):
+            for name in [name for name in plan.sources if plan.sources[name] == source]:
+                leaves[name] = convert(stored, layout=plan.layouts[name], dtype=self.dtype)
+        parameters = abstract_params(plan.config, self.dtype)
+        return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], parameters)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
+def convert(stored: jax.Array, *, layout: Layout, dtype: jnp.dtype) -> jax.Array:
+    """A stored array as a leaf of the decoder; one small program per kind of leaf."""
+    return layout.to_decoder(stored).astype(dtype)
 
 
 def load_params(
@@ -54,7 +65,7 @@ def load_params(
     """Load the parameters of a checkpoint.
 
     Args:
-        path: A folder that holds a checkpoint, or the very `.msgpack` file or Orbax folder.
+        path: A folder that holds a checkpoint, or the very file or Orbax folder.
         config: The decoder; read from the checkpoint's config.json where None.
         dtype: Of the parameters: "float32", "bfloat16" or "float16". None keeps the stored dtype;
             where dtypes are mixed, all leaves are brought to that of the embedding.
@@ -86,7 +97,7 @@ def load_model(
     """Load a checkpoint as a model.
 
     Args:
-        path: A folder that holds a checkpoint, or the very `.msgpack` file or Orbax folder.
+        path: A folder that holds a checkpoint, or the very file or Orbax folder.
         dtype: Of the parameters: "float32", "bfloat16" or "float16". None keeps the stored dtype;
             where dtypes are mixed, all leaves are brought to that of the embedding.
         precompile: Called with the model's programs while the weights are being read, to compile
@@ -138,9 +149,9 @@ def open_checkpoint(
     config = read_config(location.find_config()) if config is None else config
     weights = open_weights(location)
     leaves = weights.leaves
-    plan = match(leaves, config)
+    plan = match(leaves, config, choose_table(leaves, config))
     wanted = _stored_dtype(leaves[plan.sources["embed"]]) if wanted is None else wanted
-    return Checkpoint(weights, plan, wanted, lower_converter(plan, leaves, wanted))
+    return Checkpoint(weights, plan, wanted)
 
 
 def open_weights(location: Location) -> Weights:
@@ -155,6 +166,10 @@ def open_weights(location: Location) -> Weights:
         from jaxattn.checkpoints.orbax_weights import open_orbax
 
         return open_orbax(location.weights)
+    if location.is_safetensors:
+        from jaxattn.checkpoints.safetensors_weights import open_safetensors
+
+        return open_safetensors(location.weights)
     from jaxattn.checkpoints.msgpack_weights import open_msgpack
 
     return open_msgpack(location.weights)

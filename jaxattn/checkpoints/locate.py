@@ -8,8 +8,13 @@ from pathlib import Path
 
 from jaxattn.checkpoints.errors import CheckpointError
 
-MSGPACK = "flax_model.msgpack"
-MSGPACK_INDEX = "flax_model.msgpack.index.json"
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "flax_model.msgpack",
+    "flax_model.msgpack.index.json",
+)
+SUFFIXES = (".safetensors", ".safetensors.index.json", ".msgpack", ".msgpack.index.json")
 ORBAX_METADATA = "_METADATA"
 CONFIG = "config.json"
 
@@ -21,8 +26,9 @@ _ORBAX_INNER = "ocdbt.process_"
 _STEP_ITEMS = ("default", "state", "params", "items")
 
 _REFUSED = {
-    ".safetensors": "safetensors files are not supported yet; save the model with Flax or Orbax",
-    ".bin": "PyTorch's format is pickle, which runs code when opened; save the model with Flax or Orbax",
+    ".safetensors": "it has safetensors files, but none named model.safetensors, nor a "
+    "model.safetensors.index.json that lists them; give the path of the one to load",
+    ".bin": "PyTorch's format is pickle, which runs code when opened; save the model as safetensors",
 }
 _REFUSED |= dict.fromkeys((".pt", ".pth", ".pkl", ".pickle", ".ckpt"), _REFUSED[".bin"])
 
@@ -33,7 +39,7 @@ class Location:
 
     Attributes:
         given: The path that the user gave.
-        weights: A `.msgpack` file, a `.msgpack.index.json` file, or an Orbax folder.
+        weights: A `.safetensors` or `.msgpack` file, the `.index.json` of either, or an Orbax folder.
     """
 
     given: Path
@@ -41,8 +47,13 @@ class Location:
 
     @property
     def is_orbax(self) -> bool:
-        """Whether the weights are an Orbax folder; a msgpack file otherwise."""
+        """Whether the weights are an Orbax folder."""
         return self.weights.is_dir()
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether they are safetensors; msgpack files otherwise."""
+        return self.weights.name.endswith(SUFFIXES[:2])
 
     def find_config(self) -> Path:
         """The config.json that belongs to the weights.
@@ -95,8 +106,8 @@ def locate(path: str | os.PathLike[str]) -> Location:
     """Find the weights at a path.
 
     Args:
-        path: A folder with the weights in one of the places where Flax, Orbax and their users put
-            them, or the very file or Orbax folder.
+        path: A folder with the weights in one of the places where Hugging Face, Flax, Orbax and their
+            users put them, or the very file or Orbax folder.
 
     Raises:
         CheckpointError: If there are none, more than one, or none in a format that is read.
@@ -112,7 +123,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
 
 
 def _is_readable(path: Path) -> bool:
-    return path.is_dir() or path.name.endswith((".msgpack", ".msgpack.index.json"))
+    return path.is_dir() or path.name.endswith(SUFFIXES)
 
 
 def _is_orbax(folder: Path) -> bool:
@@ -122,7 +133,7 @@ def _is_orbax(folder: Path) -> bool:
 def _candidates(folder: Path) -> list[Path]:
     """Every checkpoint that a folder may mean."""
     if _is_orbax(folder):
-        return [folder, *_msgpack_files(folder)]
+        return [folder, *_files(folder)]
     children = sorted(child for child in folder.iterdir() if child.is_dir())
     found = [child for child in children if _is_orbax(child) and not child.name.startswith(_ORBAX_INNER)]
     steps = [child for child in children if child.name.isdigit() and child not in found]
@@ -131,7 +142,7 @@ def _candidates(folder: Path) -> list[Path]:
         found.extend(_step_candidates(newest))
     elif len(found) > 1 and all(child.name.isdigit() for child in found):
         found = [max(found, key=lambda step: int(step.name))]
-    return found + _msgpack_files(folder)
+    return found + _files(folder)
 
 
 def _step_candidates(step: Path) -> list[Path]:
@@ -139,8 +150,8 @@ def _step_candidates(step: Path) -> list[Path]:
     return preferred[:1] or _candidates(step)
 
 
-def _msgpack_files(folder: Path) -> list[Path]:
-    return [folder / name for name in (MSGPACK, MSGPACK_INDEX) if (folder / name).is_file()]
+def _files(folder: Path) -> list[Path]:
+    return [folder / name for name in FILES if (folder / name).is_file()]
 
 
 def _why_nothing(given: Path) -> str:
@@ -151,6 +162,6 @@ def _why_nothing(given: Path) -> str:
         if any(name.endswith(suffix) for name in names):
             return f"cannot load {given}: {reason}"
     return (
-        f"no checkpoint at {given}; looked for {MSGPACK}, {MSGPACK_INDEX}, and an Orbax folder (one with "
+        f"no checkpoint at {given}; looked for {', '.join(FILES)}, and an Orbax folder (one with "
         f"{ORBAX_METADATA}) there, in its folders, and in the newest of its numbered steps"
     )

@@ -1,9 +1,8 @@
-"""From a checkpoint's names and shapes to the decoder's: tables, and one function that follows them."""
+"""From a checkpoint's names and shapes to the decoder's: one function that follows a table."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,69 +12,30 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.checkpoints.errors import CheckpointError
+from jaxattn.checkpoints.rows import Layout, Row
 from jaxattn.models import DecoderConfig, abstract_params
-
-
-class Axis(NamedTuple):
-    """Size of an axis: the field of DecoderConfig, and its key in config.json."""
-
-    field: str
-    key: str
-
-
-AXES = {
-    "v": Axis("vocab_size", "vocab_size"),
-    "d": Axis("hidden_size", "hidden_size"),
-    "f": Axis("intermediate_size", "intermediate_size"),
-    "n": Axis("num_q_heads", "num_attention_heads"),
-    "k": Axis("num_kv_heads", "num_key_value_heads"),
-    "h": Axis("head_dim", "head_dim"),
-}
-
-
-class Row(NamedTuple):
-    """One line of a table of names.
-
-    Attributes:
-        destination: Leaf of the decoder's parameters; `{i}` is the layer.
-        source: Leaf of the checkpoint.
-        axes: Stored axes -> the decoder's axes. Those in brackets are stored fused, or each apart.
-    """
-
-    destination: str
-    source: str
-    axes: str
-
 
 HEAD = "head"
 
-# Hugging Face's FlaxLlama and FlaxMistral.
-LLAMA = (
-    Row("embed", "model/embed_tokens/embedding", "v d -> v d"),
-    Row("layers.{i}.attention_norm", "model/layers/{i}/input_layernorm/weight", "d -> d"),
-    Row("layers.{i}.q", "model/layers/{i}/self_attn/q_proj/kernel", "d (n h) -> d n h"),
-    Row("layers.{i}.k", "model/layers/{i}/self_attn/k_proj/kernel", "d (k h) -> d k h"),
-    Row("layers.{i}.v", "model/layers/{i}/self_attn/v_proj/kernel", "d (k h) -> d k h"),
-    Row("layers.{i}.o", "model/layers/{i}/self_attn/o_proj/kernel", "(n h) d -> n h d"),
-    Row("layers.{i}.mlp_norm", "model/layers/{i}/post_attention_layernorm/weight", "d -> d"),
-    Row("layers.{i}.gate", "model/layers/{i}/mlp/gate_proj/kernel", "d f -> d f"),
-    Row("layers.{i}.up", "model/layers/{i}/mlp/up_proj/kernel", "d f -> d f"),
-    Row("layers.{i}.down", "model/layers/{i}/mlp/down_proj/kernel", "f d -> f d"),
-    Row("final_norm", "model/norm/weight", "d -> d"),
-    Row(HEAD, "lm_head/kernel", "d v -> d v"),
-)
-
-# What Linen users write otherwise, brought to one spelling, in this order.
+# What Linen users and multimodal models write otherwise, brought to one spelling, in this order.
 SPELLINGS = (
+    (r"\.", "/"),  # torch
     (r"^(params/){1,2}", ""),  # the variable collection
     (r"/value$", ""),  # a boxed leaf: nn.with_partitioning
+    (r"^(model/)?language_model/", ""),  # Gemma 3 with a tower of vision: two spellings
     (r"^model/", ""),
     (r"^layers_(\d+)/", r"layers/\1/"),
     (r"/scale$", "/weight"),
 )
 
-# Leaves that hold no weights: rotary embedding is computed from the config.
-IGNORED = re.compile(r"(^|/)rotary_emb/")
+# Leaves without use here: rotary embedding is computed from the config, and images are not read.
+IGNORED = re.compile(r"(^|/)(rotary_emb|vision_tower|multi_modal_projector)/")
+
+# Formats whose names are not read yet, by what tells them.
+OTHERS = {
+    "MaxText": re.compile(r"^(decoder/layers|decoder/decoder_norm|token_embedder)(/|$)"),
+    "the gemma library": re.compile(r"(^|/)(q_einsum|qkv_einsum|kv_einsum|input_embedding)(/|$)"),
+}
 
 _LAYER = re.compile(r"^layers/(\d+)/")
 
@@ -98,53 +58,6 @@ class Leaf(NamedTuple):
         dtype = "float32" if self.dtype == "float64" else self.dtype
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.ShapeDtypeStruct(self.shape, jnp.dtype(dtype), sharding=device)
-
-
-class Layout(NamedTuple):
-    """A row's axes, with their sizes.
-
-    Attributes:
-        groups: Names of the stored axes, fused ones together.
-        order: The decoder's axes, as positions among the stored ones.
-        sizes: Of each axis name.
-    """
-
-    groups: tuple[tuple[str, ...], ...]
-    order: tuple[int, ...]
-    sizes: dict[str, int]
-
-    @classmethod
-    def of(cls, row: Row, config: DecoderConfig) -> Layout:
-        """Read a row's axes."""
-        stored, wanted = row.axes.split(" -> ")
-        groups = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\(.*?\)|\w", stored))
-        names = [name for group in groups for name in group]
-        sizes = {name: getattr(config, AXES[name].field) for name in names}
-        return cls(groups, tuple(names.index(name) for name in wanted.split()), sizes)
-
-    @property
-    def fused(self) -> tuple[int, ...]:
-        """The stored shape."""
-        return tuple(math.prod(self.sizes[name] for name in group) for group in self.groups)
-
-    @property
-    def apart(self) -> tuple[int, ...]:
-        """The stored shape where no axes are fused."""
-        return tuple(self.sizes[name] for group in self.groups for name in group)
-
-    def to_decoder(self, stored: jax.Array) -> jax.Array:
-        """A stored array as the decoder has it."""
-        return stored.reshape(self.apart).transpose(self.order)
-
-    def to_stored(self, array: jax.Array) -> jax.Array:
-        """One of the decoder's arrays as it is stored; undoes `to_decoder`."""
-        back = tuple(self.order.index(position) for position in range(len(self.order)))
-        return array.transpose(back).reshape(self.fused)
-
-    def describe(self) -> str:
-        """The stored shape and where it comes from: (8, 32) = (hidden_size, num_key_value_heads*head_dim)."""
-        keys = ["*".join(AXES[name].key for name in group) for group in self.groups]
-        return f"{self.fused} = ({', '.join(keys)})"
 
 
 class Plan(NamedTuple):
@@ -175,7 +88,7 @@ def expand(table: tuple[Row, ...], config: DecoderConfig) -> dict[str, Row]:
     rows = {}
     for row in table:
         for i in range(config.num_layers if "{i}" in row.destination else 1):
-            filled = Row(row.destination.format(i=i), row.source.format(i=i), row.axes)
+            filled = row._replace(destination=row.destination.format(i=i), source=row.source.format(i=i))
             if filled.destination in wanted:
                 rows[filled.destination] = filled
     return rows
@@ -188,7 +101,7 @@ def normalize(name: str) -> str:
     return name
 
 
-def match(leaves: Mapping[str, Leaf], config: DecoderConfig, *, table: tuple[Row, ...] = LLAMA) -> Plan:
+def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[Row, ...]) -> Plan:
     """Compare all that a checkpoint stores with all that a config asks for.
 
     Args:
@@ -203,17 +116,18 @@ def match(leaves: Mapping[str, Leaf], config: DecoderConfig, *, table: tuple[Row
         CheckpointError: If leaves are missing, left over, doubled, misshaped or no floating-point
             numbers. All of them are listed.
     """
-    names = _weights_among(leaves)
+    names = weights_among(leaves)
     stored = {normalize(name): name for name in names}
-    head = next(normalize(row.source) for row in table if row.destination == HEAD)
+    head = next(normalize(row.name) for row in table if row.destination == HEAD)
     overrules_tie = config.tie_embeddings and head in stored
     if overrules_tie:
         config = dataclasses.replace(config, tie_embeddings=False)
     rows = expand(table, config)
     layouts = {name: Layout.of(row, config) for name, row in rows.items()}
-    sources = {name: stored.get(normalize(row.source)) for name, row in rows.items()}
+    sources = {name: stored.get(normalize(row.name)) for name, row in rows.items()}
     found = {name: source for name, source in sources.items() if source is not None}
     problems = [
+        *_other_format(stored),
         *_wrong_depth(stored, config),
         *_doubled(names),
         *_unused(stored, rows),
@@ -221,14 +135,23 @@ def match(leaves: Mapping[str, Leaf], config: DecoderConfig, *, table: tuple[Row
         *(problem for name in found for problem in _misfits(found[name], leaves[found[name]], layouts[name])),
     ]  # fmt: skip
     if problems:
-        raise CheckpointError("the weights do not fit the config:\n  " + "\n  ".join(problems))
+        # Several rows read one fused leaf, and complain of the same.
+        raise CheckpointError("the weights do not fit the config:\n  " + "\n  ".join(dict.fromkeys(problems)))
     return Plan(config, overrules_tie, found, layouts)
 
 
-def _weights_among(leaves: Mapping[str, Leaf]) -> list[str]:
-    """Names of the parameters, without the optimizer's state beside them or what holds no weights."""
+def weights_among(leaves: Mapping[str, Leaf]) -> list[str]:
+    """Names of the parameters, without an optimizer's state beside them, or what has no use here."""
     of_params = [name for name in leaves if name.startswith("params/")]
-    return [name for name in of_params or leaves if not IGNORED.search(name)]
+    return [name for name in of_params or leaves if not IGNORED.search(name.replace(".", "/"))]
+
+
+def _other_format(stored: Mapping[str, str]) -> list[str]:
+    for format_name, pattern in OTHERS.items():
+        named = next((name for spelling, name in stored.items() if pattern.search(spelling)), None)
+        if named is not None:
+            return [f"{named} is named as by {format_name}, whose checkpoints are not read yet"]
+    return []
 
 
 def _wrong_depth(stored: Mapping[str, str], config: DecoderConfig) -> list[str]:
@@ -248,19 +171,22 @@ def _doubled(names: list[str]) -> list[str]:
 
 
 def _unused(stored: Mapping[str, str], rows: Mapping[str, Row]) -> list[str]:
-    wanted = {normalize(row.source) for row in rows.values()}
+    wanted = {normalize(row.name) for row in rows.values()}
     return [f"unused: {name}" for spelling, name in stored.items() if spelling not in wanted]
 
 
 def _missing(row: Row, layout: Layout) -> str:
     untied = ", as tie_word_embeddings is false" if row.destination == HEAD else ""
-    return f"missing: {row.source} {layout.describe()}{untied}"
+    return f"missing: {row.name} {layout.describe()}{untied}"
 
 
 def _misfits(source: str, leaf: Leaf, layout: Layout) -> list[str]:
     problems = []
-    if leaf.shape not in (layout.fused, layout.apart):
-        problems.append(f"shape: {source} is stored as {leaf.shape}, the config needs {layout.describe()}")
+    if leaf.shape not in layout.shapes:
+        transposed = " (transposed?)" if leaf.shape[::-1] in layout.shapes else ""
+        problems.append(
+            f"shape: {source} is stored as {leaf.shape}{transposed}, the config needs {layout.describe()}"
+        )
     if leaf.dtype not in FLOATS:
         problems.append(
             f"dtype: {source} is stored as {leaf.dtype}; integer or quantized weights are not supported"

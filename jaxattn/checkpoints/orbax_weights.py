@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -38,8 +38,8 @@ class OrbaxWeights:
         """What is stored, weights or not."""
         return {join(path): _leaf(entry) for path, entry in walk(self.metadata)}
 
-    def read(self, names: set[str]) -> dict[str, jax.Array]:
-        """Bring arrays to the device, float64 as float32.
+    def read(self, names: set[str]) -> Iterator[tuple[str, jax.Array]]:
+        """Bring arrays to the device, float64 as float32: all at once, as Orbax reads many at a time.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
@@ -48,7 +48,10 @@ class OrbaxWeights:
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         tree = _call(self.folder, lambda handler, folder: handler.restore(folder, args=args))
-        return {join(path): array for path, array in walk(tree)}
+        arrays = {join(path): array for path, array in walk(tree)}
+        del tree
+        while arrays:  # each is given up as it is handed on
+            yield arrays.popitem()
 
 
 def open_orbax(folder: Path) -> OrbaxWeights:

@@ -12,7 +12,9 @@ import jax
 from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.checkpoints.hf_config import config_to_dict
 from jaxattn.checkpoints.locate import CONFIG
-from jaxattn.checkpoints.mapping import LLAMA, Layout, expand, leaf_name
+from jaxattn.checkpoints.mapping import expand, leaf_name
+from jaxattn.checkpoints.rows import Layout
+from jaxattn.checkpoints.tables import flax_table
 from jaxattn.models import DecoderConfig, Model
 from jaxattn.models.decoder import Params
 
@@ -21,7 +23,7 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
     """Write a checkpoint that `load_model` reads back, bit by bit.
 
     It consists of `config.json` and of an Orbax folder `params`, whose leaves are named and shaped
-    as in Hugging Face's FlaxLlama. A tied head is not written.
+    as in Hugging Face's Flax models. A tied head is not written.
 
     Args:
         path: A folder that does not exist yet, or is empty.
@@ -44,12 +46,12 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
 
 
 def stored_tree(params: Params, config: DecoderConfig) -> dict[str, Any]:
-    """The decoder's parameters as the nested tree that FlaxLlama has."""
+    """The decoder's parameters as the nested tree that Hugging Face's Flax models have."""
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    rows = expand(LLAMA, config)
+    rows = expand(flax_table(config), config)
     layouts = {name: Layout.of(row, config) for name, row in rows.items()}
     convert = jax.jit(lambda leaves: {name: layouts[name].to_stored(leaves[name]) for name in rows})
-    return _nest({rows[name].source: array for name, array in convert(leaves).items()})
+    return _nest({rows[name].name: array for name, array in convert(leaves).items()})
 
 
 def _nest(leaves: dict[str, jax.Array]) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
+from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.mapping import Leaf
 
 Path = tuple[str | int, ...]
@@ -21,8 +25,8 @@ class Weights(Protocol):
         """What is stored, weights or not."""
         ...
 
-    def read(self, names: set[str]) -> dict[str, jax.Array]:
-        """Bring arrays to the device, float64 as float32. This can be done once.
+    def read(self, names: set[str]) -> Iterator[tuple[str, jax.Array]]:
+        """Bring arrays to the device one after the other, float64 as float32. This can be done once.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
@@ -45,3 +49,49 @@ def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def join(path: Path) -> str:
     """A leaf's name."""
     return "/".join(map(str, path))
+
+
+def to_device(array: np.ndarray, leaf: Leaf) -> jax.Array:
+    """An array of the host's on the device, without sharing its memory."""
+    wanted = leaf.abstract
+    return jax.device_put(array.astype(wanted.dtype, copy=False), wanted.sharding, may_alias=False)
+
+
+def shards(index: pathlib.Path) -> list[pathlib.Path]:
+    """The files that a `.index.json` lists, each beside it.
+
+    Raises:
+        CheckpointError: If it is no index, a file is missing, or a name leads out of the folder.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index with a weight_map: {summarize(error)}") from error
+    for name in names:
+        # An index comes from somewhere else; it must not choose files outside its folder.
+        if (
+            not isinstance(name, str)
+            or pathlib.Path(name).name != name
+            or "\\" in name
+            or name in ("", ".", "..")
+        ):
+            raise CheckpointError(f"{index} names {name!r}; only files beside it are read")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise CheckpointError(f"{index}: {', '.join(missing) or 'no file'} is missing beside it")
+    return [index.parent / name for name in names]
+
+
+def merge[T](files: Mapping[pathlib.Path, Mapping[str, T]]) -> dict[str, T]:
+    """What several files hold, by name.
+
+    Raises:
+        CheckpointError: If two hold the same name.
+    """
+    merged: dict[str, T] = {}
+    for file, held in files.items():
+        twice = sorted(merged.keys() & held.keys())
+        if twice:
+            raise CheckpointError(f"{file} holds again what an earlier file held: {', '.join(twice)}")
+        merged |= held
+    return merged

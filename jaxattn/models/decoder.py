@@ -4,8 +4,8 @@
     x = x + attention(norm(x)) ; x = x + mlp(norm(x))      per layer
     logits = norm(x) · head
 
-Parameters are a dictionary `{"embed", "layers": (…,), "final_norm"[, "head"]}`; `abstract_params`
-is the single source of its shapes.
+What families add to that, norms, biases, scales and caps, the config says. Parameters are a dictionary
+`{"embed", "layers": (…,), "final_norm"[, "head"]}`; `abstract_params` is the single source of its shapes.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Param
         "up": leaf(D, F),
         "down": leaf(F, D),
     }
+    if config.qkv_bias:
+        layer |= {"q_bias": leaf(N, H), "k_bias": leaf(K, H), "v_bias": leaf(K, H)}
+    if config.qk_norm:
+        layer |= {"q_norm": leaf(H), "k_norm": leaf(H)}
+    if config.post_norms:
+        layer |= {"post_attention_norm": leaf(D), "post_mlp_norm": leaf(D)}
     params: Params = {
         "embed": leaf(V, D),
         "layers": tuple(dict(layer) for _ in range(config.num_layers)),
@@ -61,14 +67,16 @@ def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Param
 
 
 def init_params(key: Array, config: DecoderConfig, dtype: jax.typing.DTypeLike = "float32") -> Params:
-    """Random parameters: norms of one, matrices with a standard deviation of fan_in ** -0.5."""
+    """Random parameters: norms by one, no biases, matrices with a standard deviation of fan_in ** -0.5."""
     abstract = abstract_params(config, dtype)
     leaves, tree = jax.tree.flatten_with_path(abstract)
 
     def init(key: Array, path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
         name = path[-1].key
         if name.endswith("norm"):
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.full(leaf.shape, 0 if config.norm_offset else 1, leaf.dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
         if name == "embed":
             return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
         fan_in = leaf.shape[0] * leaf.shape[1] if name == "o" else leaf.shape[0]
@@ -220,34 +228,59 @@ def forward(
             cache, this step's keys and values.
     """
     x = params["embed"][token_ids]
+    if config.embedding_scale is not None:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
     written = []
     for i, (layer, spec) in enumerate(zip(params["layers"], config.layer_specs(), strict=True)):
-        h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
-        q = _project("td,dnh->tnh", h, layer["q"])
-        k = _project("td,dkh->tkh", h, layer["k"])
-        v = _project("td,dkh->tkh", h, layer["v"])
+        h = rms_norm(x, layer["attention_norm"], config)
+        q, k, v = _project_qkv(h, layer, config)
         layer_cache = None if cache is None else cache[i]
         out, layer_written = attend_layer(q, k, v, metadata, spec, layer_cache, implementation=implementation)
         written.append(layer_written)
-        x = x + _project("tnh,nhd->td", out, layer["o"])
-        h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
-        gated = jax.nn.silu(_project("td,df->tf", h, layer["gate"])) * _project("td,df->tf", h, layer["up"])
-        x = x + _project("tf,fd->td", gated, layer["down"])
-    hidden = rms_norm(x, params["final_norm"], config.rms_norm_eps)
+        h = _project("tnh,nhd->td", out, layer["o"])
+        x = x + (rms_norm(h, layer["post_attention_norm"], config) if config.post_norms else h)
+        h = _mlp(rms_norm(x, layer["mlp_norm"], config), layer, config)
+        x = x + (rms_norm(h, layer["post_mlp_norm"], config) if config.post_norms else h)
+    hidden = rms_norm(x, params["final_norm"], config)
     return hidden, tuple(written)
 
 
-def unembed(params: Params, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
+def unembed(params: Params, config: DecoderConfig, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
     """Logits of hidden states, in float32."""
     head = params["head"] if "head" in params else params["embed"].T
-    return _project("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
+    logits = _project("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
+    cap = config.final_logits_soft_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def rms_norm(x: Float[Array, "T D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "T D"]:
-    """Root-mean-square norm, x / √(mean(x²) + ε) · scale, computed in float32."""
+def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, " D"], config: DecoderConfig) -> Array:
+    """Root-mean-square norm, x / √(mean(x²) + ε) · scale, computed in float32.
+
+    The scale is the weight, a factor on the rounded norm; or 1 + weight with `norm_offset`, and then rounded
+    with the rest.
+    """
     y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * scale[None, :]
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.rms_norm_eps)
+    weight = jnp.expand_dims(weight, range(x.ndim - 1))
+    if config.norm_offset:
+        return (y * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    return y.astype(x.dtype) * weight
+
+
+def _project_qkv(h: Float[Array, "T D"], layer: Params, config: DecoderConfig) -> tuple[Array, Array, Array]:
+    """Queries `[T, N, H]`, keys and values `[T, K, H]`, not yet rotated."""
+    q, k, v = (_project("td,dnh->tnh", h, layer[name]) for name in "qkv")
+    if config.qkv_bias:
+        q, k, v = q + layer["q_bias"][None], k + layer["k_bias"][None], v + layer["v_bias"][None]
+    if config.qk_norm:
+        q, k = rms_norm(q, layer["q_norm"], config), rms_norm(k, layer["k_norm"], config)
+    return q, k, v
+
+
+def _mlp(h: Float[Array, "T D"], layer: Params, config: DecoderConfig) -> Float[Array, "T D"]:
+    gate = _project("td,df->tf", h, layer["gate"])
+    gate = jax.nn.gelu(gate, approximate=True) if config.activation == "gelu_tanh" else jax.nn.silu(gate)
+    return _project("tf,fd->td", gate * _project("td,df->tf", h, layer["up"]), layer["down"])
 
 
 def _project(equation: str, x: Array, weight: Array, **kwargs: Any) -> Array:

@@ -26,7 +26,7 @@ def score(
     """Logits of every token of an unpaged batch, without a cache."""
     metadata = prepare_metadata(batch, config.layer_specs())
     hidden, _ = forward(params, config, batch.token_ids, metadata, implementation=implementation)
-    return unembed(params, hidden)
+    return unembed(params, config, hidden)
 
 
 def calibrate(
@@ -56,7 +56,7 @@ def step(
     """One step over a paged batch: the logits of each row's last token, and the cache."""
     metadata = prepare_metadata(batch, config.layer_specs())
     hidden, cache = forward(params, config, batch.token_ids, metadata, cache, implementation=implementation)
-    return unembed(params, hidden[metadata.logits_indices[:num_rows]]), cache
+    return unembed(params, config, hidden[metadata.logits_indices[:num_rows]]), cache
 
 
 def prefill(

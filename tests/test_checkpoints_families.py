@@ -1,0 +1,184 @@
+"""Every family in every format against a dense NumPy decoder that reads the same weights and config.json."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import dense_decoder
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_checkpoints as tiny
+from checkpoint_matrix import CELLS, FAMILIES
+from dense_decoder import NONE, Mistakes
+
+from jaxattn import Model, compute_logits, generate
+from jaxattn.buckets import BucketGrid
+from jaxattn.checkpoints import config_from_dict, load_model, load_params
+
+# Lengths on both sides of the window, 5 keys, and of twice the window; all run in one bucket.
+PROMPTS = [[3], [1, 60, 2, 9], [8, 7, 6, 5, 4], list(range(20, 31)), [17, 0, 3] * 7]
+GRID = BucketGrid(tokens=(48,), max_seqs=8)
+ATOL = 1e-4
+
+
+@functools.cache
+def tensors_of(family: str) -> tiny.Tensors:
+    return tiny.random_tensors(tiny.FAMILIES[family])
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> Callable[[str], Model]:
+    """The model of a family, loaded once, and with its compiled programs."""
+
+    @functools.cache
+    def load(family: str) -> Model:
+        folder = tmp_path_factory.mktemp("families")
+        return load_model(tiny.write_safetensors(folder, tiny.FAMILIES[family], tensors_of(family)))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def logits(loaded) -> Callable[[str], list[np.ndarray]]:
+    """The logits of all prompts in one batch."""
+    return functools.cache(lambda family: compute_logits(loaded(family), PROMPTS, grid=GRID))
+
+
+def distance(got: list[np.ndarray], tensors: tiny.Tensors, config: dict, mistakes: Mistakes = NONE) -> float:
+    wanted = [dense_decoder.logits(tensors, config, prompt, mistakes) for prompt in PROMPTS]
+    return max(np.abs(g - w).max() for g, w in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_together_and_one_by_one(family, loaded, logits):
+    config = tiny.FAMILIES[family]
+    assert distance(logits(family), tensors_of(family), config) < ATOL
+    alone = [compute_logits(loaded(family), [prompt], grid=GRID)[0] for prompt in PROMPTS]
+    assert distance(alone, tensors_of(family), config) < ATOL
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_through_the_paged_decode(family, loaded):
+    config = tiny.FAMILIES[family]
+    wanted = [dense_decoder.greedy(tensors_of(family), config, prompt, 8) for prompt in PROMPTS]
+    assert generate(loaded(family), PROMPTS, 8, page_size=4) == wanted
+
+
+GATE, UP, Q = (
+    f"model.layers.1.{name}.weight" for name in ("mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj")
+)
+QKV, GATE_UP = (f"model.layers.1.{name}.weight" for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"))
+GEMMAS = ("Gemma 1", "Gemma 2", "Gemma 3")
+WINDOWED = ("Mistral", "Phi-3", "Qwen 2", *GEMMAS[1:])
+
+
+def swap_gate_and_up(tensors: tiny.Tensors) -> tiny.Tensors:
+    if GATE_UP in tensors:
+        return tensors | {GATE_UP: np.roll(tensors[GATE_UP], 40, axis=0)}
+    return tensors | {GATE: tensors[UP], UP: tensors[GATE]}
+
+
+WRONG_CONFIGS = [
+    *((family, {"sliding_window": window}) for family in WINDOWED for window in (4, 6)),
+    ("Llama 2", {"rope_theta": 10_100.0}),
+    ("Llama 3", {"rope_scaling": tiny.LLAMA3_SCALING | {"high_freq_factor": 3.0}}),
+    ("Llama 3", {"rms_norm_eps": 1e-2}),
+    ("Phi-3", {"sliding_window": None}),
+    ("Qwen 2", {"max_window_layers": 0}),
+    ("Qwen 2", {"use_sliding_window": False}),
+    ("Qwen 3", {"use_sliding_window": True, "max_window_layers": 1}),
+    ("Gemma 2", {"attn_logit_softcapping": None}),
+    ("Gemma 2", {"final_logit_softcapping": None}),
+    ("Gemma 2", {"query_pre_attn_scalar": 8}),
+    ("Gemma 2", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("Gemma 3", {"query_pre_attn_scalar": 8}),
+    ("Gemma 3", {"sliding_window_pattern": 2}),
+    ("Gemma 3", {"rope_local_base_freq": 500.0}),
+    ("Gemma 3", {"rope_scaling": None}),
+]  # fmt: skip
+WRONG_DECODERS = [
+    *((family, Mistakes(interleaved_rope=True)) for family in FAMILIES),
+    *((family, Mistakes(norm_without_one=True)) for family in GEMMAS),
+    *((family, Mistakes(no_embedding_scale=True)) for family in GEMMAS),
+    *((family, Mistakes(post_norms_skipped=True)) for family in GEMMAS[1:]),
+    *((family, Mistakes(no_qk_norm=True)) for family in ("Qwen 3", "Gemma 3")),
+    ("Gemma 3", Mistakes(one_rope_base=True)),
+]
+WRONG_WEIGHTS: list[tuple[str, str, Callable[[tiny.Tensors], tiny.Tensors]]] = [
+    *((family, "gate and up swapped", swap_gate_and_up) for family in FAMILIES),
+    ("Phi-3", "keys and values swapped", lambda t: t | {QKV: t[QKV][np.r_[:24, 36:48, 24:36]]}),
+    ("Llama 2", "a square matrix transposed", lambda t: t | {Q: t[Q].T}),
+    ("Qwen 2", "no biases", lambda t: {name: t[name] for name in t if not name.endswith("bias")}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "keys"), WRONG_CONFIGS)
+def test_a_key_of_the_config_misread_would_be_noticed(family, keys, logits):
+    config = tiny.FAMILIES[family] | keys
+    assert distance(logits(family), tensors_of(family), config) > 100 * ATOL
+
+
+@pytest.mark.parametrize(("family", "mistakes"), WRONG_DECODERS)
+def test_a_step_of_the_decoder_done_wrong_would_be_noticed(family, mistakes, logits):
+    assert distance(logits(family), tensors_of(family), tiny.FAMILIES[family], mistakes) > 100 * ATOL
+
+
+@pytest.mark.parametrize(("family", "what", "change"), WRONG_WEIGHTS)
+def test_weights_taken_for_others_would_be_noticed(family, what, change, logits):
+    config = tiny.FAMILIES[family]
+    assert distance(logits(family), change(tensors_of(family)), config) > 100 * ATOL, what
+
+
+def write(format_name: str, folder: Path, config: dict, tensors: tiny.Tensors) -> Path:
+    """Write weights in one of the formats of the matrix."""
+    tree = tiny.flax_tree(tensors)
+    match format_name:
+        case "safetensors":
+            return tiny.write_safetensors(folder, config, tensors)
+        case "safetensors, sharded":
+            return tiny.write_sharded_safetensors(folder, config, tensors)
+        case "safetensors of Flax":
+            return tiny.write_flax_safetensors(folder, config, tree)
+        case "msgpack":
+            return tiny.write_msgpack(folder, config, tree)
+        case "msgpack, sharded":
+            return tiny.write_sharded(folder, config, tree)
+        case _:
+            tiny.save_standard(tiny.write_config(folder, config) / "params", {"params": tree})
+            return folder
+
+
+@pytest.mark.parametrize(("stored", "dialect"), [("float32", 4), ("bfloat16", 5)])
+@pytest.mark.parametrize(("format_name", "family"), CELLS)
+def test_every_cell_loads_the_same_parameters(format_name, family, stored, dialect, loaded, tmp_path):
+    config = tiny.FAMILIES[family] if dialect == 4 else tiny.as_transformers_5(family)
+    tensors = {name: tensor.astype(jnp.dtype(stored)) for name, tensor in tensors_of(family).items()}
+    model = load_model(write(format_name, tmp_path, config, tensors), dtype="float32")
+    wanted = loaded(family)
+    assert model.config == wanted.config
+    rounded = jax.tree.map(lambda x: x.astype(stored).astype("float32"), wanted.params)
+    jax.tree.map(np.testing.assert_array_equal, model.params, rounded)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "head", "tower"),
+    [
+        ("language_model.model.", "language_model.lm_head.weight", "vision_tower.x.weight"),
+        ("model.language_model.", "lm_head.weight", "model.vision_tower.x.weight"),
+    ],
+)
+def test_gemma_3_with_images(decoder, head, tower, loaded, tmp_path):
+    """The decoder alone is read, as transformers 4 and 5 name it; what sees images is left alone."""
+    tensors = {name.replace("model.", decoder, 1): value for name, value in tensors_of("Gemma 3").items()}
+    tensors[head] = tensors_of("Gemma 3")["model.embed_tokens.weight"]
+    tensors |= dict.fromkeys((tower, "multi_modal_projector.x"), np.ones((2, 2), np.float32))
+    params = load_params(tiny.write_safetensors(tmp_path, tiny.FAMILIES["Gemma 3 with images"], tensors))
+    np.testing.assert_array_equal(params.pop("head"), params["embed"].T)
+    jax.tree.map(np.testing.assert_array_equal, params, loaded("Gemma 3").params)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_both_dialects_mean_the_same(family):
+    assert config_from_dict(tiny.FAMILIES[family]) == config_from_dict(tiny.as_transformers_5(family))
