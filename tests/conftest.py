@@ -8,6 +8,7 @@ os.environ.setdefault("NPROC", "8")
 
 import hypothesis
 import jax
+import pytest
 from effort import EXAMPLES
 
 # A program is compiled for a few small runs: most of the compiler's time would go into speed that no test
@@ -22,3 +23,10 @@ hypothesis.settings.register_profile(
     "jaxattn", max_examples=EXAMPLES, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("jaxattn")
+
+
+@pytest.fixture
+def no_races(capsys):
+    """The simulator of GPUs reported no race (see `simulator.py`)."""
+    yield
+    assert "RACE DETECTED" not in capsys.readouterr().out

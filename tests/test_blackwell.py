@@ -1,89 +1,60 @@
-"""The Blackwell kernel in the simulator of the GPU, its race detector always on.
+"""The Blackwell kernel in the simulator of the GPU, its race detector always on (`simulator.py`).
 
-A race, a wait that never ends and a read of what was never written all fail a test. What only the
-hardware refuses is tested in `compile/test_blackwell_sass.py`.
+What only the hardware refuses is tested in `compile/test_blackwell_sass.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from oracle import Problem, attend_dense_with_lse
-from tolerances import assert_as_good_as
+from oracle import Problem
+from simulator import (
+    REPORTED,
+    Marked,
+    check,
+    check_what_does_not_change_a_bit,
+    count_kernels,
+    forget_to_call,
+    forget_to_wait,
+    forget_to_wait_for_copies,
+    inputs,
+    layer,
+    mark,
+    races,
+    split_at,
+)
 
-from jaxattn import AttentionSpec, Bucket, attention, mosaic, prepare_metadata
-from jaxattn.cases import ODD, Workload, nest_workload
+from jaxattn import AttentionSpec, Bucket, mosaic
+from jaxattn.cases import ODD, Workload
 from jaxattn.consumers import mosaic_tiling
 from jaxattn.kernel_inputs import kernel_inputs
 from jaxattn_kernels import blackwell as kernel
-from jaxattn_kernels.arrays import TileList
+from jaxattn_kernels import mosaic_parts
 from jaxattn_kernels.mosaic_parts import KernelConfig
 
+pytestmark = pytest.mark.usefixtures("no_races")
+
 BLACKWELL = "10.0"
-# Clocks of copies and products are kept per simulated engine, in turn: with the default of five, two
-# warpgroups come to share one, which hides a race now and then.
-SIMULATED = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=64)
-# A race raises, or is logged if asked for; before jax 0.12 it was printed, and nothing else.
-RAISES = hasattr(SIMULATED, "on_race")
-REPORTED = dataclasses.replace(SIMULATED, **({"on_race": "warn"} if RAISES else {}))
 
 
-@pytest.fixture(autouse=True)
-def no_races(request, capsys):
-    yield
-    if "mistake" not in request.fixturenames:
-        assert "RACE DETECTED" not in capsys.readouterr().out
+ATTEND = functools.partial(mosaic.attend, capability=BLACKWELL)
 
 
-def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) -> AttentionSpec:
-    return AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
-
-
-def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: str, bucket: Bucket):
-    """Queries, keys, values and metadata; whatever belongs to nobody is NaN."""
-    if page_size is None:
-        batch = nest_workload(problem.workload, bucket=bucket)
-        k, v = (problem.packed(x, bucket.tokens) for x in (problem.k, problem.v))
-    else:
-        tables, k, v = problem.pages(page_size)
-        bucket = dataclasses.replace(bucket, pages=len(k))
-        batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
-    q, k, v = (jnp.asarray(x, dtype) for x in (problem.packed(problem.q, bucket.tokens), k, v))
-    return q, k, v, prepare_metadata(batch, spec, consumers=("mosaic", "xla"))
-
-
-def check(
-    workload: Workload, spec: AttentionSpec, page_size: int | None, dtype: str = "bfloat16", growth: float = 1
-):
-    """As precise as XLA, and zero in the padding; the last keys are longer than the first by a factor."""
-    problem = Problem.draw(workload, spec)
-    for k in problem.k:
-        k *= np.linspace(1, growth, len(k), dtype=np.float32)[:, None, None]
-    n = sum(workload.q_lens)
-    args = inputs(problem, spec, page_size, dtype, Bucket(n + 2, len(workload.q_lens)))
-    logits = np.linspace(-2, 5, spec.num_q_heads, dtype=np.float32) if spec.sinks else None
-    sinks = None if logits is None else jnp.asarray(logits)
-    simulated = functools.partial(mosaic.attend, capability=BLACKWELL, interpret=SIMULATED)
-    plain = functools.partial(attention, implementation="xla", return_lse=True)
-    (got, got_lse), (expected, expected_lse) = (
-        [np.asarray(x, np.float64) for x in jax.jit(functools.partial(f, spec=spec, sinks=sinks))(*args)]
-        for f in (simulated, plain)
-    )
-    exact = [
-        attend_dense_with_lse(*qkv, spec, logits) for qkv in zip(problem.q, problem.k, problem.v, strict=True)
-    ]
-    assert_as_good_as(got[:n], expected[:n], np.concatenate([out for out, _ in exact]), jnp.dtype(dtype))
-    exact_lse = np.concatenate([lse for _, lse in exact])
-    assert_as_good_as(got_lse[:n], expected_lse[:n], exact_lse, jnp.dtype(jnp.float32))
-    np.testing.assert_array_equal(got[n:], 0)
-    np.testing.assert_array_equal(got_lse[n:], -np.inf)
+def check_here(
+    workload: Workload,
+    spec: AttentionSpec,
+    page_size: int | None,
+    dtype: str = "bfloat16",
+    max_q_len: int = 0,
+    growth: float = 1,
+) -> None:
+    """As precise as XLA, with room for two tokens more."""
+    bucket = Bucket(sum(workload.q_lens) + 2, len(workload.q_lens), max_q_len=max_q_len)
+    check(workload, spec, page_size, dtype, bucket, slots=None, capability=BLACKWELL, growth=growth)
 
 
 MIXED = Workload("mixed", (1, 34), (33, 40), "a decode, and a chunk of more than one tile")
@@ -91,7 +62,7 @@ SHORT = Workload("short", (1, 5), (33, 0), "queries that all go to one list")
 
 LAYERS = {
     "two heads per group, window and cap, small pages": (
-        layer(2, 1, sliding_window=7, logits_soft_cap=5.0),
+        layer(2, 1, 80, sliding_window=7, logits_soft_cap=5.0),
         MIXED,
         8,
         "float16",
@@ -120,13 +91,32 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_agrees_with_xla(name):
     spec, workload, page_size, dtype = LAYERS[name]
-    check(workload, spec, page_size, dtype)
+    check_here(workload, spec, page_size, dtype)
 
 
 @pytest.mark.parametrize("growth", [1, 40])
 def test_more_key_blocks_than_shared_memory_holds(growth):
     """Outputs are rescaled where scores grow, and only there."""
-    check(Workload("long", (1, 3), (699, 513), ""), layer(1, 1, sliding_window=600), 16, growth=growth)
+    check_here(Workload("long", (1, 3), (699, 513), ""), layer(1, 1, sliding_window=600), 16, growth=growth)
+
+
+SPLITS = {
+    # Sequences of one unit and of several, a window that begins amid one, and padding.
+    "window, sinks": (128, (1, 3), (300, 30), layer(8, 2, 96, sliding_window=190, sinks=True), 16, 3),
+    # Units that share a block of keys with others.
+    "packed": (8, (15, 33, 2), (0, 0, 0), layer(1, 1, sinks=True), None, 33),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_split_keys_are_merged(name, monkeypatch):
+    split_keys, q_lens, context_lens, spec, page_size, max_q_len = SPLITS[name]
+    spec = split_at(split_keys, spec, monkeypatch)
+    check_here(Workload(name, q_lens, context_lens, ""), spec, page_size, max_q_len=max_q_len)
+
+
+def test_what_does_not_change_a_bit(monkeypatch):
+    check_what_does_not_change_a_bit(kernel, monkeypatch)
 
 
 @pytest.mark.slow
@@ -136,63 +126,25 @@ def test_more_key_blocks_than_shared_memory_holds(growth):
 def test_agrees_with_xla_everywhere(group_size, page_size, head_dim):
     for options in ({"sliding_window": 33}, {"logits_soft_cap": 30.0, "sinks": True}):
         for workload in ODD if page_size else ODD[:1]:
-            check(workload, layer(group_size, 1, head_dim, **options), page_size)
-
-
-class _Marked:
-    """A barrier, or one of several, that the functions below recognise."""
-
-    def __init__(self, real):
-        self.real = real
-
-    @property
-    def at(self):
-        return self
-
-    def __getitem__(self, index):
-        return _Marked(self.real.at[index])
-
-
-def mark(monkeypatch, role: str, barrier: str) -> None:
-    """Let one role have a marked barrier."""
-    real = getattr(kernel, role)
-
-    def act(*args):
-        *others, barriers = args
-        real(*others, barriers._replace(**{barrier: _Marked(getattr(barriers, barrier))}))
-
-    monkeypatch.setattr(kernel, role, act)
-
-
-def forget_to_wait(role: str, barrier: str, monkeypatch) -> None:
-    """One role does not wait for a barrier."""
-    wait, copy = plgpu.barrier_wait, plgpu.copy_gmem_to_smem
-    mark(monkeypatch, role, barrier)
-    monkeypatch.setattr(plgpu, "barrier_wait", lambda b: None if isinstance(b, _Marked) else wait(b))
-    monkeypatch.setattr(
-        plgpu,
-        "copy_gmem_to_smem",
-        lambda source, place, b: copy(source, place, b.real if isinstance(b, _Marked) else b),
-    )
+            check_here(workload, layer(group_size, 1, head_dim, **options), page_size)
 
 
 def arrive_too_early(barrier: str, monkeypatch) -> None:
     """A barrier says that a product was issued, not that it is done."""
     commit, arrive = plgpu.tcgen05_commit_arrive, plgpu.barrier_arrive
-    mark(monkeypatch, "_multiply", barrier)
+    mark(kernel, "_multiply", (barrier,), monkeypatch)
     monkeypatch.setattr(
-        plgpu, "tcgen05_commit_arrive", lambda b: arrive(b.real) if isinstance(b, _Marked) else commit(b)
+        plgpu, "tcgen05_commit_arrive", lambda b: arrive(b.real) if isinstance(b, Marked) else commit(b)
     )
 
 
-def forget_to_call(name: str, monkeypatch) -> None:
-    """What was written or read is not settled before others hear of it."""
-    monkeypatch.setattr(plgpu, name, lambda: None)
-
-
-# Each with the keys that show it: a stage is used twice, or once.
+# Each with the keys that show it: a stage is used twice, or once; and whether they are split.
 WAITS = {
-    f"{role} does not wait for {barrier}": (functools.partial(forget_to_wait, role, barrier), 20)
+    f"{role} does not wait for {barrier}": (
+        functools.partial(forget_to_wait, kernel, role, barrier),
+        20,
+        False,
+    )
     for role, barriers in {
         "_multiply": ("weights_ready", "q_ready", "k_ready", "v_ready"),
         "_attend": ("scores_ready", "out_ready", "q_copied"),
@@ -200,62 +152,58 @@ WAITS = {
     for barrier in barriers
 }
 ARRIVALS = {
-    f"{barrier} is signalled before the product is done": (functools.partial(arrive_too_early, barrier), 149)
+    f"{barrier} is signalled before the product is done": (
+        functools.partial(arrive_too_early, barrier),
+        149,
+        False,
+    )
     for barrier in ("k_free", "v_free", "scores_ready", "out_ready")
 }
 CALLS = {
-    f"no {name}": (functools.partial(forget_to_call, name), 149)
+    f"no {name}": (functools.partial(forget_to_call, name), 149, False)
     for name in ("commit_smem", "commit_tmem", "wait_load_tmem")
 }
-MISTAKES = {"none": (lambda monkeypatch: None, 149)} | WAITS | ARRIVALS | CALLS
-FEW = ("none", next(iter(WAITS)), next(iter(ARRIVALS)), *CALLS)
+SPLIT = {
+    "none, with split keys": (lambda monkeypatch: None, 90, True),
+    "partial results are overwritten": (forget_to_wait_for_copies, 90, True),
+}
+MISTAKES = {"none": (lambda monkeypatch: None, 149, False)} | WAITS | ARRIVALS | CALLS | SPLIT
+FEW = ("none", next(iter(WAITS)), next(iter(ARRIVALS)), *CALLS, *SPLIT)
 
 
 @pytest.mark.parametrize(
     "mistake", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MISTAKES]
 )
 def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
-    make, num_keys = MISTAKES[mistake]
+    make, num_keys, is_split = MISTAKES[mistake]
     make(monkeypatch)
-    spec = layer(1, 1)
+    spec = split_at(64, layer(1, 1, scale=0.5), monkeypatch) if is_split else layer(1, 1)
     problem = Problem.draw(Workload("one tile", (1,), (num_keys - 1,), ""), spec)
-    q, k, v, metadata = inputs(problem, spec, 64, "bfloat16", Bucket(1, 1))
+    q, k, v, metadata = inputs(problem, spec, 64, "bfloat16", Bucket(1, 1), slots=None)
     k, v = (x.reshape(-1, 1, spec.head_dim) for x in (k, v))
-    done = kernel.ragged_attention(
+    attend = functools.partial(
+        kernel.ragged_attention,
         q, k, v, *kernel_inputs(metadata, spec, mosaic_tiling(spec)), page_size=64, scale=0.1,
         logits_soft_cap=None, windowed=False, interpret=REPORTED,
         config=KernelConfig(block_k=64, num_stages=1),
     )  # fmt: skip
-    jax.block_until_ready(done)
-    report = caplog.text + capsys.readouterr().out
-    assert ("RACE DETECTED" in report) == (mistake != "none")
+    assert races(attend, caplog, capsys) == (not mistake.startswith("none"))
 
 
-def test_tiles_may_come_in_another_order():
-    spec = layer(1, 1)
-    problem = Problem.draw(Workload("two tiles", (1, 2), (0, 9), ""), spec)
-    q, k, v, metadata = inputs(problem, spec, 16, "float16", Bucket(3, 2))
-    visible, lookup, (short, *_) = kernel_inputs(metadata, spec, mosaic_tiling(spec))
-    order = jnp.arange(short.tiles.seq.shape[0], dtype=jnp.int32)[::-1]
-    out, _ = kernel.ragged_attention(
-        q, k.reshape(-1, 1, 64), v.reshape(-1, 1, 64), visible, lookup,
-        (TileList(short.tiles, short.block_q, None, order),), page_size=16, scale=spec.softmax_scale,
-        logits_soft_cap=None, windowed=False, interpret=SIMULATED,
-    )  # fmt: skip
-    np.testing.assert_allclose(np.asarray(out, np.float64), problem.expected(spec), atol=5e-3)
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "window", "kernels"),
+    [(80, 128, 40, 2), (128, 8, 600, 3), (256, None, None, 2)],
+)
+def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, window, kernels):
+    """For short queries, to merge them if they are split, and for long ones."""
+    spec = layer(10, 2, head_dim, sliding_window=window, logits_soft_cap=5.0, sinks=True)
+    assert count_kernels(ATTEND, spec, page_size) == kernels
 
 
-TARGET = {"platforms": ["cuda"], "disabled_checks": [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]}
-
-
-@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 8), (128, 256), (256, None)])
-def test_is_exported_for_cuda_from_anywhere(head_dim, page_size):
-    spec = layer(6, 2, head_dim, sliding_window=40, logits_soft_cap=5.0, sinks=True)
-    workload = Workload("", (70,), (0,), "")
-    *args, metadata = inputs(Problem.draw(workload, spec), spec, page_size, "bfloat16", Bucket(70, 1))
-    attend = functools.partial(mosaic.attend, spec=spec, sinks=jnp.zeros(6), capability=BLACKWELL)
-    module = export.export(jax.jit(attend), **TARGET)(*args, metadata).mlir_module()
-    assert module.count("custom_call @mosaic_gpu_v2") == 2, "one for short queries and one for long ones"
+def test_is_exported_with_64_bit_types_enabled(monkeypatch):
+    monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
+    with jax.enable_x64(True):
+        assert count_kernels(ATTEND, layer(2, 1), 16) == 3
 
 
 def test_the_compute_capability_chooses_the_kernel():
@@ -281,7 +229,8 @@ def test_the_compute_capability_chooses_the_kernel():
     [
         ({"dtype": "float32"}, "dtype float32 is not one of bfloat16, float16"),
         ({"kv_dtype": "int8"}, "keys are int8 and queries bfloat16"),
-        ({"head_dim": 80}, "head_dim=80 is not one of 64, 128, 256"),
+        ({"head_dim": 72}, "head_dim=72 is not one of 64, 80, 96, 128, 256"),
+        ({"head_dim": 96}, "63 rows of 96 numbers are no multiple of the 64 that a copy brings"),
         ({"group_size": 65}, "two tokens' 65 query heads per key head exceed the 128 rows"),
         ({"page_size": 12}, "page_size=12 is not a multiple of 8"),
         ({"page_size": 24}, "page_size=24 neither divides nor is a multiple"),

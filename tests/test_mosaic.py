@@ -1,112 +1,41 @@
-"""The Mosaic GPU kernel in the simulator of the GPU, its race detector always on.
+"""The Hopper kernel in the simulator of the GPU, its race detector always on (`simulator.py`).
 
-A race, a wait that never ends and a read of what was never written all fail a test. What only the
-hardware refuses is tested in `compile/test_mosaic_sass.py`.
+What only the hardware refuses is tested in `compile/test_mosaic_sass.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from oracle import Problem, attend_dense_with_lse
-from tolerances import assert_as_good_as
+from oracle import Problem
+from simulator import (
+    REPORTED,
+    Marked,
+    check,
+    check_what_does_not_change_a_bit,
+    count_kernels,
+    forget_to_call,
+    forget_to_wait,
+    forget_to_wait_for_copies,
+    inputs,
+    layer,
+    mark,
+    races,
+    simulated,
+    split_at,
+)
 
-from jaxattn import AttentionSpec, Bucket, attention, consumers, mosaic, prepare_metadata
-from jaxattn.cases import ODD, Workload, nest_workload
-from jaxattn.kernel_inputs import kernel_inputs
+from jaxattn import Bucket, attention, mosaic
+from jaxattn.cases import ODD, Workload
 from jaxattn_kernels import mosaic as kernel
-from jaxattn_kernels.arrays import TileList
+from jaxattn_kernels import mosaic_parts
 
-# Clocks of copies and products are kept per simulated engine, in turn: with the default of five, two
-# warpgroups come to share one, which hides a race now and then.
-SIMULATED = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=64)
-# A race raises, or is logged if asked for; before jax 0.12 it was printed, and nothing else.
-RAISES = hasattr(SIMULATED, "on_race")
-REPORTED = dataclasses.replace(SIMULATED, **({"on_race": "warn"} if RAISES else {}))
-# One bucket, hence one program per layer, for all small workloads.
-SMALL, SLOTS = Bucket(160, 5), 640
-
-
-@pytest.fixture(autouse=True)
-def no_races(capsys):
-    yield
-    assert "RACE DETECTED" not in capsys.readouterr().out
-
-
-@functools.lru_cache(maxsize=4)
-def simulated(spec: AttentionSpec, interpret: plgpu.InterpretGPUParams = SIMULATED):
-    return jax.jit(functools.partial(mosaic.attend, spec=spec, sinks=sinks_of(spec), interpret=interpret))
-
-
-@functools.lru_cache(maxsize=4)
-def plain(spec: AttentionSpec):
-    return jax.jit(
-        functools.partial(attention, spec=spec, sinks=sinks_of(spec), implementation="xla", return_lse=True)
-    )
-
-
-def sinks_of(spec: AttentionSpec) -> jax.Array | None:
-    """Some below all logits, some above."""
-    return jnp.linspace(-9, 9, spec.num_q_heads, dtype=jnp.float32) if spec.sinks else None
-
-
-def inputs(problem: Problem, spec: AttentionSpec, page_size: int | None, dtype: str, bucket: Bucket = SMALL):
-    """Queries, keys, values and metadata; whatever belongs to nobody is NaN."""
-    if page_size is None:
-        batch = nest_workload(problem.workload, bucket=bucket)
-        k, v = (problem.packed(x, bucket.tokens) for x in (problem.k, problem.v))
-    else:
-        num_pages = max(SLOTS, sum(problem.workload.kv_lens)) // page_size + bucket.seqs
-        tables, k, v = problem.pages(page_size, num_pages=num_pages)
-        bucket = dataclasses.replace(bucket, pages=num_pages)
-        batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
-    q, k, v = (jnp.asarray(x, dtype) for x in (problem.packed(problem.q, bucket.tokens), k, v))
-    return q, k, v, prepare_metadata(batch, spec, consumers=("mosaic", "xla"))
-
-
-def check(
-    workload: Workload,
-    spec: AttentionSpec,
-    page_size: int | None,
-    dtype: str = "bfloat16",
-    bucket: Bucket = SMALL,
-) -> None:
-    """As precise as XLA; 0 and -inf in the padding."""
-    problem = Problem.draw(workload, spec)
-    # What the dtype can represent: rounding the inputs is no error of the kernel's.
-    problem = dataclasses.replace(
-        problem,
-        **{x: [np.asarray(jnp.asarray(a, dtype), np.float32) for a in getattr(problem, x)] for x in "qkv"},
-    )
-    args = inputs(problem, spec, page_size, dtype, bucket)
-    (got, got_lse), (out, lse) = (
-        [np.asarray(x, np.float64) for x in f(spec)(*args)] for f in (simulated, plain)
-    )
-    sinks = None if not spec.sinks else np.asarray(sinks_of(spec))
-    sequences = zip(problem.q, problem.k, problem.v, strict=True)
-    exact, exact_lse = (
-        np.concatenate(x)
-        for x in zip(*(attend_dense_with_lse(*qkv, spec, sinks) for qkv in sequences), strict=True)
-    )
-    n = sum(workload.q_lens)
-    assert_as_good_as(got[:n], out[:n], exact, jnp.dtype(dtype))
-    assert_as_good_as(got_lse[:n], lse[:n], exact_lse, jnp.dtype("float32"))
-    np.testing.assert_array_equal(got[n:], 0)
-    np.testing.assert_array_equal(got_lse[n:], -np.inf)
-
-
-def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) -> AttentionSpec:
-    return AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
-
+pytestmark = pytest.mark.usefixtures("no_races")
 
 LAYERS = {
     "mha, sinks": (layer(2, 2, sinks=True), 16, "bfloat16"),
@@ -156,13 +85,6 @@ SPLITS = {
 }
 
 
-def split_at(split_keys: int, spec: AttentionSpec, monkeypatch) -> AttentionSpec:
-    """A layer that no other test may use: what it asks of the metadata is remembered."""
-    monkeypatch.setattr(consumers, "SPLIT_KEYS", split_keys)
-    assert consumers.mosaic_tiling(spec).split_keys == split_keys
-    return spec
-
-
 @pytest.mark.parametrize("name", SPLITS)
 def test_split_keys_are_merged(monkeypatch, name):
     split_keys, q_lens, context_lens, spec, page_size, bucket = SPLITS[name]
@@ -171,29 +93,7 @@ def test_split_keys_are_merged(monkeypatch, name):
 
 
 def test_what_does_not_change_a_bit(monkeypatch):
-    """A unit that is its whole tile, the order of tiles, and how many of them a program serves."""
-    spec = layer(2, 2, sinks=True, sliding_window=600)
-    problem = Problem.draw(Workload("mixed", (1, 70, 2), (20, 0, 1), ""), spec)
-    q, k, v, metadata = inputs(problem, spec, 64, "bfloat16", Bucket(76, 3))
-    visible, lookup, tile_lists = kernel_inputs(metadata, spec, consumers.mosaic_tiling(spec))
-    short, long = tile_lists
-    assert short.split is not None
-    assert (np.diff(short.split.indptr) <= 1).all()
-
-    def attend(*tile_lists: TileList):
-        options = {"page_size": 64, "scale": 0.1, "logits_soft_cap": None, "windowed": True}
-        k_flat, v_flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        return kernel.ragged_attention(
-            q, k_flat, v_flat, visible, lookup, tile_lists,
-            sinks=sinks_of(spec), interpret=SIMULATED, **options,
-        )  # fmt: skip
-
-    expected = attend(short._replace(split=None), long)
-    monkeypatch.setattr(kernel, "MAX_PROGRAMS", 2)
-    num_tiles = long.tiles.seq.shape[0]
-    got = attend(short, long._replace(order=jnp.arange(num_tiles, dtype=jnp.int32)[::-1]))
-    for x, y in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+    check_what_does_not_change_a_bit(kernel, monkeypatch)
 
 
 @pytest.mark.slow
@@ -213,100 +113,53 @@ def test_a_number_of_tokens_that_no_tile_divides():
     np.testing.assert_allclose(np.asarray(got, np.float64), problem.expected(spec), atol=5e-3)
 
 
-class _Marked:
-    """A barrier, or one of several, that the functions below recognise."""
-
-    def __init__(self, real):
-        self.real = real
-
-    @property
-    def at(self):
-        return self
-
-    def __getitem__(self, index):
-        return _Marked(self.real.at[index])
-
-
-def forget_to_wait(monkeypatch, role: str, barrier: str) -> None:
-    """One role does not wait for a barrier."""
-    real_role, real_wait, real_arrive = getattr(kernel, role), plgpu.barrier_wait, plgpu.barrier_arrive
-
-    def act(*args):
-        *others, barriers = args
-        real_role(*others, barriers._replace(**{barrier: _Marked(getattr(barriers, barrier))}))
-
-    monkeypatch.setattr(kernel, role, act)
-    monkeypatch.setattr(plgpu, "barrier_wait", lambda b: None if isinstance(b, _Marked) else real_wait(b))
-    monkeypatch.setattr(
-        plgpu, "barrier_arrive", lambda b: real_arrive(b.real if isinstance(b, _Marked) else b)
-    )
-
-
-def release_too_early(monkeypatch, ready: str, free: str) -> None:
+def release_too_early(ready: str, free: str, monkeypatch) -> None:
     """Consumers release a stage when it has arrived, before they have read it."""
-    real_consume: Any = kernel._consume
     real_wait, real_arrive = plgpu.barrier_wait, plgpu.barrier_arrive
+    real_consume: Any = kernel._consume
     free_of = {}
 
     def consume(*args):
-        *others, barriers = args
-        marks = {name: _Marked(getattr(barriers, name)) for name in (ready, free)}
-        free_of["stage"] = getattr(barriers, free)
-        real_consume(*others, barriers._replace(**marks))
+        free_of["stage"] = getattr(args[-1], free).real
+        real_consume(*args)
 
     def wait(barrier):
-        if not isinstance(barrier, _Marked):
+        if not isinstance(barrier, Marked):
             return real_wait(barrier)
         real_wait(barrier.real)
         (index,) = barrier.real.transforms[-1].indices
         return real_arrive(free_of["stage"].at[index])
 
     monkeypatch.setattr(kernel, "_consume", consume)
+    mark(kernel, "_consume", (ready, free), monkeypatch)
     monkeypatch.setattr(plgpu, "barrier_wait", wait)
-    monkeypatch.setattr(plgpu, "barrier_arrive", lambda b: None if isinstance(b, _Marked) else real_arrive(b))
-
-
-def forget_to_commit(monkeypatch) -> None:
-    """What the threads wrote is not made visible to the copy engine and the tensor cores."""
-    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
-
-
-def forget_to_wait_for_copies(monkeypatch) -> None:
-    """The second half of a partial result is written while the first may be on its way out."""
-    real_copy, real_wait, copies = kernel.copy_tokens, plgpu.wait_smem_to_gmem, itertools.count()
-
-    def copy(*args):
-        forgets = next(copies) == 1  # of a result, and of two halves
-        monkeypatch.setattr(plgpu, "wait_smem_to_gmem", (lambda n: None) if forgets else real_wait)
-        real_copy(*args)
-
-    monkeypatch.setattr(kernel, "copy_tokens", copy)
+    monkeypatch.setattr(plgpu, "barrier_arrive", lambda b: None if isinstance(b, Marked) else real_arrive(b))
 
 
 # Each with the queries and keys that show it: a stage is used twice, or once. A single query's are split.
 MISTAKES = {
     "none": (lambda monkeypatch: None, 70, 320),
     "keys are released before they are read": (
-        functools.partial(release_too_early, ready="k_ready", free="k_free"),
+        functools.partial(release_too_early, "k_ready", "k_free"),
         70,
         320,
     ),
     "values are released before they are read": (
-        functools.partial(release_too_early, ready="v_ready", free="v_free"),
+        functools.partial(release_too_early, "v_ready", "v_free"),
         70,
         320,
     ),
     "keys are read before they arrive": (
-        functools.partial(forget_to_wait, role="_consume", barrier="k_ready"),
+        functools.partial(forget_to_wait, kernel, "_consume", "k_ready"),
         70,
         170,
     ),
     "values are read before they arrive": (
-        functools.partial(forget_to_wait, role="_consume", barrier="v_ready"),
+        functools.partial(forget_to_wait, kernel, "_consume", "v_ready"),
         70,
         170,
     ),
-    "writes are not committed": (forget_to_commit, 70, 170),
+    "writes are not committed": (functools.partial(forget_to_call, "commit_smem"), 70, 170),
     "none, with split keys": (lambda monkeypatch: None, 1, 90),
     "partial results are overwritten": (forget_to_wait_for_copies, 1, 90),
 }
@@ -321,19 +174,11 @@ def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
         spec = split_at(64, layer(1, 1, scale=0.5), monkeypatch)
     problem = Problem.draw(Workload("one tile", (num_tokens,), (num_keys - num_tokens,), ""), spec)
     args = inputs(problem, spec, 64, "bfloat16", Bucket(num_tokens, 1))
-    jax.block_until_ready(mosaic.attend(*args, spec, interpret=REPORTED)[0])
-    report = caplog.text + capsys.readouterr().out
-    assert ("RACE DETECTED" in report) == (not mistake.startswith("none"))
+    found = races(lambda: mosaic.attend(*args, spec, interpret=REPORTED), caplog, capsys)
+    assert found == (not mistake.startswith("none"))
 
 
-TARGET = {"platforms": ["cuda"], "disabled_checks": [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]}
-
-
-def count_kernels(spec: AttentionSpec, page_size: int | None) -> int:
-    """Kernels in the program that is exported for a GPU."""
-    args = inputs(Problem.draw(ODD[0], spec), spec, page_size, "bfloat16")
-    attend = jax.jit(functools.partial(attention, spec=spec, sinks=sinks_of(spec), implementation="mosaic"))
-    return export.export(attend, **TARGET)(*args).mlir_module().count("custom_call @mosaic_gpu_v2")
+HOPPER = functools.partial(attention, implementation="mosaic")
 
 
 @pytest.mark.parametrize(
@@ -344,13 +189,13 @@ def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, window):
     spec = layer(10, 2, head_dim, sliding_window=window, logits_soft_cap=5.0, sinks=True)
     # For short queries, to merge them if they are split, and for long ones. Neither the keys of a short
     # window are split, nor those of a batch that has no more than one unit.
-    assert count_kernels(spec, page_size) == (2 if window == 40 or page_size is None else 3)
+    assert count_kernels(HOPPER, spec, page_size) == (2 if window == 40 or page_size is None else 3)
 
 
 def test_is_exported_with_64_bit_types_enabled(monkeypatch):
-    monkeypatch.setattr(kernel, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
     with jax.enable_x64(True):
-        assert count_kernels(layer(2, 1), 16) == 3
+        assert count_kernels(HOPPER, layer(2, 1), 16) == 3
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import test_blackwell_sass
 import test_mosaic_sass
 import test_sass
+from deviceless import B200, H200
+from mosaic_sass import Compiled, keys_of
 from resources import Key, Resources, changes, read, resources_of, rewrite, written
-from test_mosaic_sass import Compiled
 
 ROOT = Path(__file__).parents[2]
 KEY = Key("triton", "g4-d128", "attention", "sm_80")
@@ -23,13 +25,13 @@ def test_the_document_holds_the_table_of_today():
 
 
 def test_the_table_holds_every_case_that_is_compared_and_no_other():
-    nothing = Compiled(0, 0, 0, "")
     keys = [
         *(test_sass.key_of(case, "") for case in test_sass.MAIN),
         *(
             key
-            for case in test_mosaic_sass.CASES
-            for key in test_mosaic_sass.resources_by_key(case, [nothing] * (1 + case[-1]))
+            for target, tests in ((H200, test_mosaic_sass), (B200, test_blackwell_sass))
+            for case in tests.CASES
+            for key in keys_of(target, case)
         ),
     ]
 
@@ -83,4 +85,4 @@ def test_instructions_are_counted_as_compilers_write_them():
     """
     counts = {"128-bit load": 2, "16-byte cp.async": 1, "TMA copy": 2}
     products = {"mma.sync": 1, "wgmma": 1, "tcgen05.mma": 1}
-    assert resources_of(Compiled(1, 2, 3, ptx)) == Resources(1, 2, 3, counts | products)
+    assert resources_of(Compiled(1, 2, 3, 4, ptx)) == Resources(1, 2, 3, counts | products)

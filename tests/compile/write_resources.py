@@ -1,6 +1,6 @@
 """Compile the main configurations, and write what they take into `resources.json` and into documents.
 
-make resources                                         compiles, a minute
+make resources                                         compiles, minutes
 python tests/compile/write_resources.py DESIGN.md      only brings the document up to date
 """
 
@@ -11,10 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import mosaic_sass
 import resources
+import test_blackwell_sass
 import test_gradient_sass
 import test_mosaic_sass
 import test_sass
+from deviceless import B200, H200
 from rich.progress import track
 
 
@@ -23,10 +26,11 @@ def measured() -> Iterator[dict[resources.Key, resources.Resources]]:
     for case in track(test_sass.MAIN, "triton"):
         yield test_sass.resources_by_key(case, test_sass.compile_case(case))
         yield test_sass.resources_by_key(case, test_gradient_sass.compile_case(case))
-    for case in track(test_mosaic_sass.CASES, "mosaic"):
-        with tempfile.TemporaryDirectory() as folder:
-            kernels = test_mosaic_sass.compile_kernels(Path(folder), *case)
-        yield test_mosaic_sass.resources_by_key(case, kernels)
+    for target, tests in ((H200, test_mosaic_sass), (B200, test_blackwell_sass)):
+        for case in track(tests.CASES, f"mosaic on {target.architecture}"):
+            with tempfile.TemporaryDirectory() as folder:
+                kernels = mosaic_sass.compile_kernels(target, tests.MODULE, case, Path(folder))
+            yield mosaic_sass.resources_by_key(target, case, kernels)
 
 
 def main() -> None:
