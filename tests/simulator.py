@@ -52,6 +52,7 @@ def inputs(
     bucket: Bucket = SMALL,
     *,
     slots: int | None = SLOTS,
+    readers: tuple[str, ...] = ("mosaic", "xla"),
 ):
     """Queries, keys, values and metadata; whatever belongs to nobody is NaN."""
     if page_size is None:
@@ -63,7 +64,7 @@ def inputs(
         bucket = dataclasses.replace(bucket, pages=len(k))
         batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
     q, k, v = (jnp.asarray(x, dtype) for x in (problem.packed(problem.q, bucket.tokens), k, v))
-    return q, k, v, prepare_metadata(batch, spec, consumers=("mosaic", "xla"))
+    return q, k, v, prepare_metadata(batch, spec, consumers=readers)
 
 
 @functools.lru_cache(maxsize=4)
