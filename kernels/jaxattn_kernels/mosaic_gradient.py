@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn_kernels import mosaic
 from jaxattn_kernels.arrays import GradientInputs, KeyTileArrays, TileList
-from jaxattn_kernels.mosaic import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, add_products, products
+from jaxattn_kernels.mosaic import ROWS, add_products, products
 from jaxattn_kernels.mosaic_launch import numbers_of_tokens, plan_units
 from jaxattn_kernels.mosaic_parts import (
     LOG2E,
@@ -48,6 +48,10 @@ from jaxattn_kernels.mosaic_parts import (
     token_rows,
     write_tokens,
 )
+
+# Of 65,536 registers of a multiprocessor; two accumulators of 64 each leave little to the rest.
+PRODUCER_REGISTERS = 24
+CONSUMER_REGISTERS = 240
 
 HEAD_DIMS = (64, 80, 96, 128)
 KEY_TILE = 2 * ROWS
@@ -521,7 +525,8 @@ def _consume_keys(
         scores, d_weights = products(program, (q_tiles, k), (d_out_tiles, v))
         plgpu.barrier_arrive(barriers.v_free.at[stage])
         shape = scores.shape
-        _, d_scores = _weights(program, scores, d_weights, across(lse, shape), across(delta, shape))
+        _, sloped = _weights(program, scores, across(lse, shape))
+        d_scores = sloped * (d_weights - across(delta, shape))
         sees_all = (unit.all_begin <= j) & (j < unit.all_end)
         d_scores = lax.cond(
             sees_all,
@@ -572,52 +577,68 @@ def _consume_rows(
     start, end_key = refs.start[unit.tile], unit.q_start + unit.q_len
     first_key = unit.q_start + me * ROWS
     copy_rows = _keys_per_copy(page_size)
-    for n in range(0, ROWS, copy_rows):
-        source = source_row(page_size, refs.pages, first_key + n, start, unit.q_start, end_key)
+
+    @pl.loop(0, ROWS // copy_rows)
+    def _(n):
+        begin = n * copy_rows
+        source = source_row(page_size, refs.pages, first_key + begin, start, unit.q_start, end_key)
         for ref, rows in ((refs.k, k_rows), (refs.v, v_rows)):
             plgpu.copy_gmem_to_smem(
                 ref.at[pl.ds(source, copy_rows), pl.ds(head, 1)],
-                token_rows(program, rows, n, copy_rows),
+                token_rows(program, rows, begin, copy_rows),
                 barriers.rows_ready.at[me],
             )
+
     plgpu.barrier_wait(barriers.rows_ready.at[me])
     for rows, tiles in ((k_rows, k_tiles), (v_rows, v_tiles)):
         tiles[...] = load_rows(program, rows)
     plgpu.commit_smem()
 
-    def mask_rows(j, stage, *weights):
-        """What keys weigh for rows that do not see them, or are of no interest, becomes 0."""
-        row = j * sizes.block_k + plgpu.broadcasted_iota(
-            jnp.int32, (sizes.block_k,), 0, layout=layout.reduce(0)
+    def load_numbers(ref):
+        """`[block_k]`, each number where its column of a product lies."""
+        return plgpu.load(ref, layout=layout.reduce(0), optimized=False)
+
+    def mask_rows(j, ranges, x):
+        """0 in place of numbers of rows that do not see a key, or are strangers."""
+        row = (
+            plgpu.broadcasted_iota(jnp.int32, (sizes.block_k,), 0, layout=layout.reduce(0))
+            + j * sizes.block_k
         )
         is_own = (unit.kv_start <= row) & (row < unit.kv_end)
-        shape = weights[0].shape
-        key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-        sees = key < _down(jnp.where(is_own, _load_numbers(program, smem.ranges.at[stage, 1]), 0), shape)
+        key = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout) + first_key
+        sees = key < _down(jnp.where(is_own, load_numbers(ranges.at[1]), 0), x.shape)
         if program.masks_start:
-            sees &= _down(_load_numbers(program, smem.ranges.at[stage, 0]), shape) <= key
-        return tuple(jnp.where(sees, x, 0.0) for x in weights)
+            sees &= _down(load_numbers(ranges.at[0]), x.shape) <= key
+        return jnp.where(sees, x, 0.0)
 
     def add_rows(j, gradients):
         dk, dv = gradients
         stage = lax.rem(j, jnp.int32(sizes.num_stages))
-        q, d_out = smem.k.at[stage], smem.v.at[stage]
+        q, d_out, numbers, ranges = (ref.at[stage] for ref in (smem.k, smem.v, smem.numbers, smem.ranges))
         plgpu.barrier_wait(barriers.k_ready.at[stage])
         plgpu.barrier_wait(barriers.v_ready.at[stage])
         _clear(program, unit, j, me, barriers, q, d_out)
-        scores, d_weights = products(program, (k_tiles, q), (v_tiles, d_out))
-        shape = scores.shape
-        lse, delta = (_down(_load_numbers(program, smem.numbers.at[stage, n]), shape) for n in range(2))
-        found = _weights(program, scores, d_weights, lse, delta)
         # Ranges never decrease within a sequence: the first row ends first, the last one begins last.
-        sees_all = jnp.minimum(first_key + ROWS, end_key) <= smem.ranges[stage, 1, 0]
-        sees_all &= ~has_strangers(program, unit, j)
+        sees_all = (jnp.minimum(first_key + ROWS, end_key) <= ranges[1, 0]) & ~has_strangers(program, unit, j)
         if program.masks_start:
-            sees_all &= smem.ranges[stage, 0, sizes.block_k - 1] <= first_key
-        weights, d_scores = lax.cond(sees_all, lambda *x: x, lambda *x: mask_rows(j, stage, *x), *found)
-        dv, dk = add_products(program, (dv, weights.astype(dtype), d_out), (dk, d_scores.astype(dtype), q))
-        plgpu.barrier_arrive(barriers.k_free.at[stage])
+            sees_all &= ranges[0, sizes.block_k - 1] <= first_key
+
+        def seen(x):
+            return lax.cond(sees_all, lambda x: x, lambda x: mask_rows(j, ranges, x), x)
+
+        # `me`, but the compiler cannot know so: it would compute the addresses of every part of both tiles
+        # before the loop, and spill them.
+        mine = me + jnp.minimum(ranges[1, 0], 0)
+        k, v = smem.first[1].at[mine], smem.second[1].at[mine]
+        (scores,) = products(program, (k, q))
+        shape = scores.shape
+        weights, sloped = _weights(program, scores, _down(load_numbers(numbers.at[0]), shape))
+        (dv,) = add_products(program, (dv, seen(weights).astype(dtype), d_out))
+        (d_weights,) = products(program, (v, d_out))
         plgpu.barrier_arrive(barriers.v_free.at[stage])
+        d_scores = seen(sloped * (d_weights - _down(load_numbers(numbers.at[1]), shape)))
+        (dk,) = add_products(program, (dk, d_scores.astype(dtype), q))
+        plgpu.barrier_arrive(barriers.k_free.at[stage])
         return dk, dv
 
     dk, dv = lax.fori_loop(0, unit.num_blocks, add_rows, (_zeros(program), _zeros(program)))
@@ -648,11 +669,6 @@ def _down(column_values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(column_values, shape, [1])
 
 
-def _load_numbers(program: KernelProgram, ref) -> jax.Array:
-    """`[block_k]`, each number where its column of a product lies."""
-    return plgpu.load(ref, layout=program.layout.reduce(0), optimized=False)
-
-
 def _clear(program: KernelProgram, unit: Unit, j, me, barriers: _Barriers, *blocks: Any) -> None:
     """Zero what strangers have left in block j, before any consumer reads it."""
     consumers = program.num_consumers
@@ -667,22 +683,17 @@ def _clear(program: KernelProgram, unit: Unit, j, me, barriers: _Barriers, *bloc
             plgpu.barrier_wait(barriers.cleared)
 
 
-def _weights(
-    program: KernelProgram, scores: jax.Array, d_weights: jax.Array, lse: jax.Array, delta: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Weights of the softmax, and the gradient of the scores, but for the scale.
+def _weights(program: KernelProgram, scores: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights of the softmax, and the same times the derivative of the cap.
 
     Args:
         program: What is static.
         scores: Products of queries and keys.
-        d_weights: Products of gradients of outputs, and values.
         lse: The log-sum-exp of each row, in base 2.
-        delta: What the gradients of a row's weights are compared with.
     """
     capped = logits(program, scores)
     weights = jnp.exp2(capped - lse)
-    d_scores = weights * (d_weights - delta)
-    if program.logits_soft_cap is not None:  # the derivative of the cap, 1 - tanh²
-        share = capped * (1 / (program.logits_soft_cap * LOG2E))
-        d_scores *= 1.0 - share * share
-    return weights, d_scores
+    if program.logits_soft_cap is None:
+        return weights, weights
+    share = capped * (1 / (program.logits_soft_cap * LOG2E))
+    return weights, weights * (1.0 - share * share)  # 1 - tanh²
