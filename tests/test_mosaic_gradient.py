@@ -94,6 +94,33 @@ def check(
         np.testing.assert_array_equal(g[e == 0], 0)
 
 
-@pytest.mark.parametrize("page_size", [16])
-def test_first(page_size):
-    check(ODD[3], layer(2, 2), page_size)
+LAYERS = {
+    "mha, sinks": (layer(2, 2, sinks=True), 16, "bfloat16"),
+    "two heads per group, window and cap, small pages": (
+        layer(2, 1, sliding_window=7, logits_soft_cap=5.0),
+        8,
+        "float16",
+    ),
+    "four heads per group, window of several pages": (
+        layer(4, 1, 128, sliding_window=40, sinks=True),
+        64,
+        "bfloat16",
+    ),
+    "eight heads per group, cap": (layer(8, 1, 80, logits_soft_cap=5.0), 16, "bfloat16"),
+    "rows that no head fills, pages larger than a block": (layer(3, 1), 256, "float16"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_agrees_with_the_definition(name):
+    check(ODD[3], *LAYERS[name])
+
+
+def test_many_blocks():
+    """More blocks than shared memory holds, of keys and of rows of queries."""
+    check(Workload("long", (1, 130), (250, 180), ""), layer(2, 1, sliding_window=290), 16)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_keys(causal):
+    check(ODD[0], layer(2, 1, causal=causal), None)

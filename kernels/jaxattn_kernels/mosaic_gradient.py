@@ -496,9 +496,8 @@ def _consume_keys(
         barriers: Barriers.
     """
     dtype, sizes = refs.q.dtype, program.sizes
-    (q_rows, q_tiles), (d_out_rows, d_out_tiles) = (
-        [ref.at[me] for ref in refs_] for refs_ in (smem.first, smem.second)
-    )
+    q_rows, q_tiles = (ref.at[me] for ref in smem.first)
+    d_out_rows, d_out_tiles = (ref.at[me] for ref in smem.second)
     out_rows = smem.out.at[me]
     row_start = None if refs.row_start is None else row_numbers(program, refs.row_start.at[unit.tile, me])
     row_end = row_numbers(program, refs.row_end.at[unit.tile, me])
@@ -571,9 +570,7 @@ def _consume_rows(
         page_size: Tokens per page, or None for packed keys.
     """
     dtype, sizes, layout = refs.q.dtype, program.sizes, program.layout
-    (k_rows, k_tiles, *_), (v_rows, v_tiles, *_) = (
-        [ref.at[me] for ref in refs_] for refs_ in (smem.first, smem.second)
-    )
+    own = smem.first, smem.second
     start, end_key = refs.start[unit.tile], unit.q_start + unit.q_len
     first_key = unit.q_start + me * ROWS
     copy_rows = _keys_per_copy(page_size)
@@ -582,16 +579,16 @@ def _consume_rows(
     def _(n):
         begin = n * copy_rows
         source = source_row(page_size, refs.pages, first_key + begin, start, unit.q_start, end_key)
-        for ref, rows in ((refs.k, k_rows), (refs.v, v_rows)):
+        for ref, (rows, *_) in zip((refs.k, refs.v), own, strict=True):
             plgpu.copy_gmem_to_smem(
                 ref.at[pl.ds(source, copy_rows), pl.ds(head, 1)],
-                token_rows(program, rows, begin, copy_rows),
+                token_rows(program, rows.at[me], begin, copy_rows),
                 barriers.rows_ready.at[me],
             )
 
     plgpu.barrier_wait(barriers.rows_ready.at[me])
-    for rows, tiles in ((k_rows, k_tiles), (v_rows, v_tiles)):
-        tiles[...] = load_rows(program, rows)
+    for rows, tiles, *_ in own:
+        tiles[me] = load_rows(program, rows.at[me])
     plgpu.commit_smem()
 
     def load_numbers(ref):
@@ -600,10 +597,8 @@ def _consume_rows(
 
     def mask_rows(j, ranges, x):
         """0 in place of numbers of rows that do not see a key, or are strangers."""
-        row = (
-            plgpu.broadcasted_iota(jnp.int32, (sizes.block_k,), 0, layout=layout.reduce(0))
-            + j * sizes.block_k
-        )
+        row = plgpu.broadcasted_iota(jnp.int32, (sizes.block_k,), 0, layout=layout.reduce(0))
+        row += j * sizes.block_k
         is_own = (unit.kv_start <= row) & (row < unit.kv_end)
         key = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout) + first_key
         sees = key < _down(jnp.where(is_own, load_numbers(ranges.at[1]), 0), x.shape)
@@ -629,7 +624,7 @@ def _consume_rows(
         # `me`, but the compiler cannot know so: it would compute the addresses of every part of both tiles
         # before the loop, and spill them.
         mine = me + jnp.minimum(ranges[1, 0], 0)
-        k, v = smem.first[1].at[mine], smem.second[1].at[mine]
+        k, v = (tiles.at[mine] for rows, tiles, *wide_rows in own)
         (scores,) = products(program, (k, q))
         shape = scores.shape
         weights, sloped = _weights(program, scores, _down(load_numbers(numbers.at[0]), shape))
@@ -644,10 +639,11 @@ def _consume_rows(
     dk, dv = lax.fori_loop(0, unit.num_blocks, add_rows, (_zeros(program), _zeros(program)))
     num_keys = jnp.clip(end_key - first_key, 0, ROWS)
     place = start * (page_size or 1) + first_key
-    for refs_, values, ref in ((smem.first, dk * program.scale, refs.dk), (smem.second, dv, refs.dv)):
-        plain = refs_[0] if ref.dtype == dtype else refs_[2]  # half the columns of float32
+    for (rows, tiles, *wide_rows), values, ref in zip(
+        own, (dk * program.scale, dv), (refs.dk, refs.dv), strict=True
+    ):
         write_tokens(
-            program, plain.at[me], num_keys, _writer(program, values),
+            program, (*wide_rows, rows)[0].at[me], num_keys, _writer(program, values),
             lambda i, n, columns, ref=ref: ref.at[pl.ds(place + i, n), pl.ds(head, 1), columns],
         )  # fmt: skip
 
