@@ -5,13 +5,14 @@
 needs nothing but JAX with CUDA. It
 
 1. compares every kernel, over a sample of all combinations of its options, with the reference in float64: an
-   error may be at most twice that of plain XLA in the same precision, plus four roundings, row by row.
-   Whatever slot no sequence owns is NaN;
-2. checks that a second run, and a run without the other sequences, has the same bits;
+   error may be at most twice that of plain XLA in the same precision, plus four roundings, row by row (of
+   gradients, which are sums of many rows, over the whole array). Whatever slot no sequence owns is NaN;
+2. checks that a second run, and a run without the other sequences, has the same bits; gradients again, too;
 3. measures what the device can do at all: bytes copied per second, and products of large bf16 matrices;
 4. times every kernel and, where they can be imported, others' kernels on the same shapes, in one run: device
    time of the kernels alone, over as many sets of inputs as it takes to leave the second-level cache; and
-   `prepare_metadata`, the whole superset. cuDNN comes with JAX; tokamax, PyTorch and FlashInfer are timed
+   `prepare_metadata`, the whole superset. Of prompts without context the gradient is timed as well, for
+   itself: ours and cuDNN's. cuDNN comes with JAX; tokamax, PyTorch and FlashInfer are timed
    where they are installed, and what one of them refuses is recorded. Each result names its clock: PyTorch
    and FlashInfer are timed by CUDA's events, which include gaps between kernels; ours by CUPTI, without.
 
@@ -109,11 +110,25 @@ def draw(
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
 def attend(problem: Problem, spec: AttentionSpec, implementation: str) -> tuple[jax.Array, jax.Array]:
     """Outputs and log-sum-exp, metadata included."""
-    metadata = prepare_metadata(problem.batch, spec, consumers=implementation)
+    metadata = prepare_metadata(problem.batch, spec)
     return attention(
         problem.q, problem.k, problem.v, metadata, spec, sinks=problem.sinks, return_lse=True,
         implementation=implementation,
     )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
+def go_back(problem: Problem, spec: AttentionSpec, implementation: str) -> list[jax.Array]:
+    """Gradients of queries, keys, values and sinks, of a fixed sum of the results."""
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
+        out, lse = attend(Problem(q, k, v, sinks, problem.batch), spec, implementation)
+        weights = jnp.sin(jnp.arange(out.size, dtype=lse.dtype)).reshape(out.shape)
+        # Padding has a logarithm of -inf, and its gradient is of no interest.
+        return (out.astype(lse.dtype) * weights).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    gradients = jax.grad(total, argnums=(0, 1, 2, 3))(problem.q, problem.k, problem.v, problem.sinks)
+    return jax.tree.leaves(gradients)
 
 
 # Correctness.
@@ -152,8 +167,11 @@ def check_options(options: dict[str, Any], workloads: tuple[Workload, ...]) -> I
         bucket = Bucket(160, 8, 0 if page_size is None else 2600 // page_size + 8)
         problem = draw(workload, spec, page_size, dtype, bucket)
         n = sum(workload.q_lens)
-        exact = attend_exactly(problem, spec)
-        plain = [np.asarray(x, np.float64) for x in attend(problem, spec, "xla")]
+        exact, exact_back = (in_float64(function, problem, spec) for function in (attend, go_back))
+        plain, plain_back = (
+            [np.asarray(x, np.float64) for x in function(problem, spec, "xla")]
+            for function in (attend, go_back)
+        )
         for kernel in KERNELS:
             result = {"kind": "correctness", "kernel": kernel, "workload": workload.name, **options}
             try:
@@ -170,6 +188,21 @@ def check_options(options: dict[str, Any], workloads: tuple[Workload, ...]) -> I
             padding = bool((got[0][n:] == 0).all() and np.isneginf(got[1][n:]).all())
             is_right = padding and all(share <= 1 for share in shares.values())  # NaN is not
             yield result | {"error_over_bound": shares, "padding": padding, "ok": is_right}
+            yield {**result, "kind": "gradient"} | judge_gradients(
+                go_back(problem, spec, kernel), plain_back, exact_back, dtype
+            )
+
+
+def judge_gradients(got: Any, plain: list[np.ndarray], exact: list[np.ndarray], dtype: str) -> Result:
+    """Whether gradients are right, and 0 where nothing depends on a number."""
+    got = [np.asarray(x, np.float64) for x in got]
+    shares = {
+        name: worst_share(g.reshape(1, -1), p.reshape(1, -1), e.reshape(1, -1), dtype=dtype)
+        for name, g, p, e in zip(("q", "k", "v", "sinks"), got, plain, exact, strict=False)
+    }
+    zeros = all(bool((g[e == 0] == 0).all()) for g, e in zip(got, exact, strict=True))
+    is_right = zeros and all(share <= 1 for share in shares.values())
+    return {"error_over_bound": shares, "zeros": zeros, "ok": is_right}
 
 
 def worst_share(got: np.ndarray, plain: np.ndarray, exact: np.ndarray, *, dtype: str) -> float:
@@ -182,26 +215,28 @@ def worst_share(got: np.ndarray, plain: np.ndarray, exact: np.ndarray, *, dtype:
     return float((np.abs(got - exact).max(-1) / allowed).max())
 
 
-def attend_exactly(problem: Problem, spec: AttentionSpec) -> list[np.ndarray]:
-    """The reference in float64."""
+def in_float64(function: Callable[..., Any], problem: Problem, spec: AttentionSpec) -> list[np.ndarray]:
+    """The reference's results, or its gradients, in float64."""
     with jax.enable_x64(True):
         wide = problem._replace(
             **{name: getattr(problem, name).astype("float64") for name in ("q", "k", "v")}
         )
-        return [np.asarray(x) for x in attend(wide, spec, "reference")]
+        return [np.asarray(x) for x in function(wide, spec, "reference")]
 
 
 def check_bits(kernel: str) -> Iterator[Result]:
-    """Whether a second run, and a run of each sequence alone, has the same bits."""
+    """Whether a second run, gradients included, and a run of each sequence alone, has the same bits."""
     spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=128)
     for workload in (LONG[0], ODD[3]):
         tables, num_pages = random_page_tables(workload, 16, np.random.default_rng(0))
         bucket = Bucket(160, 8, num_pages)
         problem = draw(workload, spec, 16, "bfloat16", bucket)
         first = [np.asarray(x, np.float32) for x in attend(problem, spec, kernel)]
+        first_back = [np.asarray(x, np.float32) for x in go_back(problem, spec, kernel)]
         same, alone_same, start = True, True, 0
         for _ in range(5):
-            for a, b in zip(first, attend(problem, spec, kernel), strict=True):
+            again = (*attend(problem, spec, kernel), *go_back(problem, spec, kernel))
+            for a, b in zip((*first, *first_back), again, strict=True):
                 same &= np.array_equal(a, np.asarray(b, np.float32))
         tables, _ = random_page_tables(workload, 16, np.random.default_rng(0))  # those that `draw` drew
         for i, n in enumerate(workload.q_lens):
@@ -367,16 +402,20 @@ def time_case(case: SpeedCase, limits: Result, *, repeats: int, rotated: bool) -
     problems = [
         draw(case.workload, case.spec, case.page_size, "bfloat16", bucket_of(case), s) for s in range(sets)
     ]
-    base = {"kind": "speed", "case": case.name, "flops": flops, "bytes": num_bytes, "sets": sets}
+    base = {"case": case.name, "sets": sets}
 
     def timed(name: str, take_time: Callable[[], Measured]) -> Result:
+        return (
+            base | {"kind": "speed", "kernel": name, "flops": flops, "bytes": num_bytes} | outcome(take_time)
+        )
+
+    def outcome(take_time: Callable[[], Measured]) -> Result:
         try:
             measured = take_time()
         except Exception as error:
-            return base | {"kernel": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+            return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         seconds = measured.median_s / sets
-        return base | {
-            "kernel": name,
+        return {
             "us": 1e6 * seconds,
             "samples_us": [1e6 * s / sets for s in measured.samples_s],
             "clock": measured.clock,
@@ -385,6 +424,20 @@ def time_case(case: SpeedCase, limits: Result, *, repeats: int, rotated: bool) -
             "share_of_ceiling": floor / seconds,
         }
 
+    def timed_back(name: str, program: Callable[..., Any], *args: Any) -> Result:
+        """Of prompts: five products for each two of the way there."""
+
+        def take_time() -> Measured:
+            back, needed = way_back(program, *args)
+            return measure(back, *needed, repeats=repeats)
+
+        found = outcome(take_time)
+        figures = {k: found[k] for k in ("error", "us", "samples_us", "clock") if k in found}
+        if "us" in found:
+            figures["tflops_per_s"] = 2.5 * found["tflops_per_s"]
+        return base | {"kind": "gradient speed", "kernel": name, "flops": 2.5 * flops} | figures
+
+    trains = not any(case.workload.context_lens) and max(case.workload.q_lens) > 1
     for kernel in KERNELS:
         prepare = jax.jit(functools.partial(prepare_metadata, specs=case.spec, consumers=kernel))
         metadata = [jax.block_until_ready(prepare(problem.batch)) for problem in problems]
@@ -396,12 +449,23 @@ def time_case(case: SpeedCase, limits: Result, *, repeats: int, rotated: bool) -
             ]
 
         yield timed(kernel, functools.partial(measure, run, problems, metadata, repeats=repeats))
+        if trains:
+
+            def attend_all(inputs: list[tuple], kernel: str = kernel) -> list[jax.Array]:
+                return [
+                    attention(q, k, v, prepare_metadata(p.batch, case.spec), case.spec, implementation=kernel)
+                    for (q, k, v), p in zip(inputs, problems, strict=True)
+                ]
+
+            yield timed_back(kernel, attend_all, [(p.q, p.k, p.v) for p in problems])
     equal_lens = case.shapes.equal_lens
     if equal_lens is not None and case.sliding_window is None:
         for name, program, args in gpu_baselines.candidates(
             len(case.workload.q_lens), *equal_lens, Heads(), causal=case.causal, sets=sets
         ):
             yield timed(name, functools.partial(measure, program, *args, repeats=repeats))
+            if trains:
+                yield timed_back(name, program, *args)
     for name, prepare in torch_baselines.candidates(case.shapes, sets=sets):
         yield timed(name, functools.partial(measure_torch, prepare, sets=sets, repeats=repeats))
     superset = functools.partial(prepare_metadata, specs=case.spec)
@@ -410,6 +474,12 @@ def time_case(case: SpeedCase, limits: Result, *, repeats: int, rotated: bool) -
         "kind": "metadata", "case": case.name, "us": 1e6 * measured.median_s, "clock": measured.clock,
         "bucket": dataclasses.asdict(bucket_of(case)),
     }  # fmt: skip
+
+
+def way_back(program: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], tuple]:
+    """A program's gradient alone, and what it needs: what was kept, and gradients of the results."""
+    results, back = jax.vjp(jax.jit(program), *args)
+    return lambda back, d_results: back(d_results), (back, jax.tree.map(jnp.ones_like, results))
 
 
 def measure_torch(
@@ -425,7 +495,7 @@ def measure_torch(
 
 def print_report(console: Console, results: list[Result]) -> None:
     """Failures one by one, then speed by case."""
-    checks = [r for r in results if r["kind"] in ("correctness", "bits")]
+    checks = [r for r in results if r["kind"] in ("correctness", "gradient", "bits")]
     failed = [r for r in checks if not r.get("ok", "refused" in r)]
     refused = sum("refused" in r for r in checks)
     console.print(f"{len(checks)} checks: {len(failed)} failed, {refused} refused by the kernel")
@@ -436,8 +506,12 @@ def print_report(console: Console, results: list[Result]) -> None:
         if r["kind"] == "speed" and "us" in r:
             figures = (f"{r['us']:,.1f}", f"{r['tflops_per_s']:,.1f}", f"{r['gb_per_s']:,.0f}")
             table.add_row(r["case"], r["kernel"], *figures, f"{r['share_of_ceiling']:.0%}")
-        elif r["kind"] == "speed":
+        elif r["kind"] in ("speed", "gradient speed") and "error" in r:
             table.add_row(r["case"], r["kernel"], r["error"][:40])
+        elif r["kind"] == "gradient speed" and "us" in r:
+            table.add_row(
+                r["case"], f"{r['kernel']}, gradient", f"{r['us']:,.1f}", f"{r['tflops_per_s']:,.1f}"
+            )
         elif r["kind"] == "metadata":
             table.add_row(r["case"], "prepare_metadata", f"{r['us']:,.1f}")
     console.print(table)

@@ -12,7 +12,13 @@ from jaxattn.cache import PagedKVCache, PagePool, init_cache, quantization_scale
 from jaxattn.checkpoints import CheckpointError, load_model, save_model
 from jaxattn.consumers import CONSUMERS, Consumer
 from jaxattn.fields import MissingFieldError
-from jaxattn.generate import compile_generation, compute_logits, generate, plan_generation
+from jaxattn.generate import (
+    calibrate_kv_scales,
+    compile_generation,
+    compute_logits,
+    generate,
+    plan_generation,
+)
 from jaxattn.metadata import AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, RopeConfig
 from jaxattn.packing import (
@@ -26,6 +32,7 @@ from jaxattn.packing import (
 from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
 from jaxattn.serve import Server, serve
 from jaxattn.spec import AttentionSpec, WindowClass
+from jaxattn_kernels.arrays import KVScales
 
 __version__ = "0.1.0"
 
@@ -40,6 +47,7 @@ __all__ = [
     "Consumer",
     "DecoderConfig",
     "Finished",
+    "KVScales",
     "MissingFieldError",
     "Model",
     "PagePool",
@@ -53,6 +61,7 @@ __all__ = [
     "abstract_batch",
     "advance",
     "attention",
+    "calibrate_kv_scales",
     "check_batch",
     "choose_implementation",
     "compile_generation",

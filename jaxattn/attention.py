@@ -22,7 +22,7 @@ from jaxattn import (
     xla_gradient,
 )
 from jaxattn.batch import INT32_MAX
-from jaxattn.cache import QUANTIZED_DTYPES, check_scales
+from jaxattn.cache import QUANTIZED_DTYPES, check_scales, is_quantized
 from jaxattn.choice import Choice, choose, describe_device
 from jaxattn.choice_table import PHASES, Device, Layer, Table, tables
 from jaxattn.metadata import AttentionMetadata
@@ -279,7 +279,7 @@ def _triton_obstacle(
         return f"dtype {name} is not one of {', '.join(_TRITON_DTYPES)}"
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
-    if jnp.dtype(kv_dtype).name not in QUANTIZED_DTYPES:
+    if not is_quantized(kv_dtype):
         return None
     if (
         jnp.dtype(kv_dtype) == jnp.float8_e4m3fn
@@ -334,7 +334,7 @@ def _validate(q: Array, k: Array, v: Array, metadata: AttentionMetadata, spec: A
         raise ValueError(f"k.shape={k.shape} and v.shape={v.shape} must be equal")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q has dtype {q.dtype}; expected floating-point numbers")
-    if k.dtype != v.dtype or (k.dtype != q.dtype and k.dtype.name not in QUANTIZED_DTYPES):
+    if k.dtype != v.dtype or (k.dtype != q.dtype and not is_quantized(k.dtype)):
         raise ValueError(
             f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them "
             f"(k and v may be quantised: {', '.join(QUANTIZED_DTYPES)})"

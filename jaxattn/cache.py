@@ -79,7 +79,8 @@ def init_cache(
             f"than an int32 can number ({INT32_MAX}); use fewer pages, or several caches"
         )
     shape = (num_pages, page_size, num_kv_heads, head_dim)
-    k_scale, v_scale = (None, None) if scales is None else scales
+    # Copies: the cache is meant to be donated, and the caller keeps what was given.
+    k_scale, v_scale = (None, None) if scales is None else (jnp.array(scales.k), jnp.array(scales.v))
     return PagedKVCache(
         k_pages=jnp.zeros(shape, dtype), v_pages=jnp.zeros(shape, dtype), k_scale=k_scale, v_scale=v_scale
     )
@@ -105,7 +106,7 @@ def check_scales(
     """
     name = jnp.dtype(dtype).name
     for argument, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if (scale is None) == (name in QUANTIZED_DTYPES):
+        if (scale is None) == is_quantized(dtype):
             given = "was not given" if scale is None else "was given"
             raise ValueError(
                 f"{argument} {given}, and keys and values are stored as {name}; give scales exactly where "
@@ -129,17 +130,26 @@ def quantization_scale(x: Float[Array, "T K H"], dtype: jax.typing.DTypeLike) ->
         x: Keys or values of some tokens that stand for all, such as those of a few prompts.
         dtype: Element type of the quantised cache.
 
+    Returns:
+        Scales, float32; some positive number for a head of zeros, none that is finite for a head in which a
+            number is not.
+
     Raises:
         ValueError: If the dtype is none of a quantised cache.
     """
     largest = jnp.abs(x.astype(jnp.float32)).max(axis=(0, 2))
-    return jnp.where(largest > 0, largest, 1.0) / _largest(dtype)
+    return jnp.where(largest == 0, 1.0, largest) / _largest(dtype)
+
+
+def is_quantized(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a cache of this element type is a quantised one."""
+    return jnp.dtype(dtype).name in QUANTIZED_DTYPES
 
 
 def _largest(dtype: jax.typing.DTypeLike) -> float:
     """The largest number that a quantised cache can store; its negative too."""
     name = jnp.dtype(dtype).name
-    if name not in QUANTIZED_DTYPES:
+    if not is_quantized(dtype):
         raise ValueError(f"dtype={name} is not one of {', '.join(QUANTIZED_DTYPES)}")
     return 127.0 if name == "int8" else float(jnp.finfo(dtype).max)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
+from jaxattn.cache import QUANTIZED_DTYPES
 from jaxattn.checkpoints import load_model
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
@@ -89,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     generate_.add_argument("--seed", type=int, default=0, help="of the random draws")
     generate_.add_argument("--stop-token-id", type=int, help="a sequence ends with this token")
     generate_.add_argument("--page-size", type=int, default=DEFAULT_PAGE_SIZE, help="tokens per cache page")
+    generate_.add_argument("--cache-dtype", choices=QUANTIZED_DTYPES, metavar="DTYPE",
+                           help=f"quantised cache, its scales measured on the prompts: "
+                                f"{', '.join(QUANTIZED_DTYPES)}; default: as the parameters")  # fmt: skip
     generate_.add_argument("--json", action="store_true", help="print one JSON object")
 
     logits = _command(commands, "logits", _logits, "write the logits of every token of every prompt")
@@ -137,6 +141,8 @@ def _add_tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     several: dict = {"action": "append", "help": "once per value; default: by device"}
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), **several)
+    parser.add_argument("--cache-dtype", choices=QUANTIZED_DTYPES, action="append",
+                        help="measure a quantised cache too; once per value")  # fmt: skip
     parser.add_argument("--head-dim", type=int, action="append", help="once per value; default: 64 and 128")
     parser.add_argument("--page-size", type=_page_size, metavar="TOKENS", action="append",
                         help="once per value, 'none' for packed keys; default: 16 and none")  # fmt: skip
@@ -176,8 +182,15 @@ def _generate(options: argparse.Namespace) -> None:
             plan,
             greedy=options.temperature == 0,
             top_k=options.top_k,
+            cache_dtype=options.cache_dtype,
             implementation=options.implementation,
         )
+        if options.cache_dtype:
+            programs.calibrate(
+                dataclasses.replace(plan.bucket, pages=0),
+                cache_dtype=options.cache_dtype,
+                implementation=options.implementation,
+            )
 
     model = load_model(options.path, dtype=options.dtype, precompile=precompile)
     tokens = generate(
@@ -188,6 +201,7 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         key=jax.random.key(options.seed),
         stop_token_id=options.stop_token_id,
+        cache_dtype=options.cache_dtype,
         implementation=options.implementation,
         page_size=options.page_size,
     )
@@ -241,6 +255,7 @@ def _tune(options: argparse.Namespace) -> None:
     plan = default_plan(describe_device(), quick=options.quick)
     named = {
         "dtypes": options.dtype,
+        "cache_dtypes": options.cache_dtype,
         "head_dims": options.head_dim,
         "page_sizes": options.page_size,
         "implementations": options.implementation,

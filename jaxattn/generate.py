@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxattn.batch import DEFAULT_GRID, flatten_rows, nest_sequences
 from jaxattn.buckets import Bucket, BucketGrid, quarter_steps
-from jaxattn.cache import PagePool
-from jaxattn.models import Model, Programs, init_cache
+from jaxattn.cache import QUANTIZED_DTYPES, PagePool, is_quantized
+from jaxattn.models import Model, Programs, check_cache_dtype, check_kv_scales, init_cache
 from jaxattn.models.steps import NO_STOP_TOKEN
+from jaxattn_kernels.arrays import KVScales
 
 DEFAULT_PAGE_SIZE = 16
 
@@ -44,6 +45,45 @@ def compute_logits(
     logits = model.programs.score(batch.bucket, implementation=implementation)(model.params, batch)
     ends = np.cumsum([len(prompt) for prompt in prompts])
     return np.split(np.asarray(logits)[: ends[-1]], ends[:-1])
+
+
+def calibrate_kv_scales(
+    model: Model,
+    prompts: Sequence[Any],
+    cache_dtype: jax.typing.DTypeLike,
+    *,
+    implementation: str = "auto",
+    grid: BucketGrid = DEFAULT_GRID,
+) -> KVScales:
+    """Scales of a quantised cache, measured on prompts by one prefill that nothing quantises.
+
+    The largest absolute key of each layer and head, and the largest value, become the largest number that
+    can be stored. What exceeds them later is stored as that number: take prompts that stand for all texts.
+
+    Args:
+        model: The model.
+        prompts: Token ids, one list or 1-D integer array per prompt; all of them in one batch.
+        cache_dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
+        implementation: Of the attention; see `jaxattn.attention`.
+        grid: The buckets to choose from.
+
+    Returns:
+        Scales `[L, K]` of keys and values, per layer and key head; float32.
+
+    Raises:
+        ValueError: If the dtype is none of a quantised cache, the prompts are empty, hold an id outside the
+            vocabulary or fit no bucket, or a key or value is not finite.
+    """
+    cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+    if not is_quantized(cache_dtype):
+        raise ValueError(
+            f"cache_dtype={cache_dtype.name} needs no scales; use one of {', '.join(QUANTIZED_DTYPES)}"
+        )
+    batch = nest_sequences(prompts, vocab_size=model.config.vocab_size, bucket=grid)
+    calibrate = model.programs.calibrate(batch.bucket, cache_dtype=cache_dtype, implementation=implementation)
+    kv_scales = calibrate(model.params, batch)
+    check_kv_scales(kv_scales, model.config, cache_dtype)
+    return kv_scales
 
 
 class GenerationPlan(NamedTuple):
@@ -106,6 +146,7 @@ def compile_generation(
     *,
     greedy: bool = True,
     top_k: int | None = None,
+    cache_dtype: jax.typing.DTypeLike | None = None,
     implementation: str = "auto",
 ) -> tuple[Callable, Callable]:
     """The prefill and decode programs of a plan; compiled now if they were not before.
@@ -118,11 +159,16 @@ def compile_generation(
         plan: From `plan_generation`.
         greedy: Whether the likeliest token is taken.
         top_k: As of `generate`; without meaning when greedy.
+        cache_dtype: As of `generate`.
         implementation: Of the attention.
+
+    Raises:
+        ValueError: If no cache can have this dtype.
     """
     shared: dict[str, Any] = {
         "page_size": plan.page_size,
         "num_pages": plan.num_pages,
+        "cache_dtype": cache_dtype,
         "implementation": implementation,
     }
     prefill = programs.prefill(plan.bucket, decode_seqs=plan.decode_bucket.seqs, **shared)
@@ -145,6 +191,8 @@ def generate(
     top_k: int | None = None,
     key: jax.Array | None = None,
     stop_token_id: int | None = None,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+    kv_scales: KVScales | None = None,
     implementation: str = "auto",
     page_size: int = DEFAULT_PAGE_SIZE,
     grid: BucketGrid = DEFAULT_GRID,
@@ -162,6 +210,10 @@ def generate(
         top_k: Draw among this many likeliest tokens only.
         key: Random key, one of `jax.random.key`; required where `temperature` is above 0.
         stop_token_id: A sequence that chooses this token ends with it.
+        cache_dtype: Element type of the cache: that of the parameters, which is the default, or a quantised
+            one, "int8", "float8_e4m3fn" or "float8_e5m2".
+        kv_scales: Of a quantised cache, its scales. By default those that `calibrate_kv_scales` measures on
+            these prompts, so that the tokens of each depend a little on the others.
         implementation: Of the attention; see `jaxattn.attention`.
         page_size: Tokens per page of the cache.
         grid: The buckets to choose from.
@@ -176,6 +228,8 @@ def generate(
     token_ids, lens = flatten_rows("prompts", prompts)
     plan = plan_generation(lens, max_new_tokens, page_size=page_size, grid=grid)
     _check_sampling(model, temperature, top_k, key, stop_token_id)
+    cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+    check_kv_scales(kv_scales, model.config, cache_dtype)
     pool = PagePool(plan.num_pages, page_size)
     batch = nest_sequences(
         token_ids,
@@ -187,10 +241,21 @@ def generate(
         bucket=plan.bucket,
     )
     prefill, decode = compile_generation(
-        model.programs, plan, greedy=temperature == 0, top_k=top_k, implementation=implementation
+        model.programs,
+        plan,
+        greedy=temperature == 0,
+        top_k=top_k,
+        cache_dtype=cache_dtype,
+        implementation=implementation,
     )
+    if kv_scales is None and is_quantized(cache_dtype):
+        kv_scales = calibrate_kv_scales(model, prompts, cache_dtype, implementation=implementation, grid=grid)
     cache = init_cache(
-        model.config, num_pages=plan.num_pages, page_size=page_size, dtype=model.programs.dtype
+        model.config,
+        num_pages=plan.num_pages,
+        page_size=page_size,
+        dtype=cache_dtype,
+        kv_scales=kv_scales,
     )
     logits, cache, batch = prefill(model.params, cache, batch)
     tokens, num_tokens, _ = decode(

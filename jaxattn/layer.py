@@ -21,7 +21,7 @@ def attend_layer(
     *,
     sinks: Float[Array, " N"] | None = None,
     implementation: str = "auto",
-) -> tuple[Float[Array, "T N H"], PagedKVCache | None]:
+) -> tuple[Float[Array, "T N H"], PagedKVCache | tuple[Float[Array, "T K H"], Float[Array, "T K H"]]]:
     """Attend with a layer's projected queries, keys and values, not yet rotated.
 
     Args:
@@ -36,7 +36,8 @@ def attend_layer(
         implementation: Of the attention.
 
     Returns:
-        One output per token, and the cache with this step's keys and values written.
+        One output per token, and the cache with this step's keys and values written; without a cache,
+            these keys, rotated, and values.
 
     Raises:
         ValueError: If a cache is missing or left over; as `attention` does.
@@ -51,7 +52,7 @@ def attend_layer(
         q, k = rotate(q, tables), rotate(k, tables)
     if cache is None:
         out = attention(q, k, v, metadata, spec, sinks=sinks, implementation=implementation)
-        return out, None
+        return out, (k, v)
     cache = write_cache(cache, k, v, metadata.slot_mapping)
     out = attention(
         q,

@@ -13,19 +13,20 @@ from jaxtyping import Array, Int32
 
 from jaxattn.batch import RaggedBatch
 from jaxattn.buckets import Bucket, BucketGrid, powers_of_two
-from jaxattn.cache import PagePool
-from jaxattn.generate import DEFAULT_PAGE_SIZE
-from jaxattn.models import DecoderConfig, Model, init_cache
+from jaxattn.cache import PagePool, is_quantized
+from jaxattn.generate import DEFAULT_PAGE_SIZE, calibrate_kv_scales
+from jaxattn.models import DecoderConfig, Model, check_cache_dtype, check_kv_scales, init_cache
 from jaxattn.models.decoder import Cache, Params
 from jaxattn.models.steps import step
 from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
+from jaxattn_kernels.arrays import KVScales
 
 
 class Server:
     """A model, its paged cache and a scheduler. New requests may come between any two steps.
 
-    The likeliest token is taken: a request's tokens are those of `generate`, whatever runs beside
-    it and however it is cut into chunks.
+    The likeliest token is taken: a request's tokens are those of `generate` (in a quantised cache, with the
+    same scales), whatever runs beside it and however it is cut into chunks.
 
     Args:
         model: The model.
@@ -35,6 +36,8 @@ class Server:
         max_seqs: Most requests that run at a time.
         max_chunk: Most tokens of one prompt per step; None for no other limit than the budget.
         share_prefixes: Whether requests share the pages of common prefixes.
+        cache_dtype: Element type of the cache, as of `generate`.
+        kv_scales: Of a quantised cache, its scales, such as `calibrate_kv_scales` measures.
         implementation: Of the attention; see `jaxattn.attention`.
         grid: The buckets to choose from, one program each; default powers of two up to the largest
             step there can be.
@@ -43,8 +46,8 @@ class Server:
         scheduler: Which requests wait and run, and what was done so far.
 
     Raises:
-        ValueError: If a limit is not an integer of at least 1, or the grid does not hold every step
-            there can be.
+        ValueError: If a limit is not an integer of at least 1, the grid does not hold every step there can
+            be, no cache can have this dtype, or scales and dtype disagree.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Server:
         max_seqs: int = 32,
         max_chunk: int | None = None,
         share_prefixes: bool = True,
+        cache_dtype: jax.typing.DTypeLike | None = None,
+        kv_scales: KVScales | None = None,
         implementation: str = "auto",
         grid: BucketGrid | None = None,
     ) -> None:
@@ -75,8 +80,15 @@ class Server:
         self._grid.pick(tokens=token_budget, seqs=num_seqs, pages=num_listed)
         self._model = model
         self._implementation = implementation
+        cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+        check_kv_scales(kv_scales, model.config, cache_dtype)
+        if kv_scales is None and is_quantized(cache_dtype):
+            raise ValueError(
+                f"kv_scales was not given, and cache_dtype={cache_dtype.name} needs it; measure it with "
+                f"calibrate_kv_scales on prompts such as will be served"
+            )
         self._cache = init_cache(
-            model.config, num_pages=num_pages, page_size=page_size, dtype=model.programs.dtype
+            model.config, num_pages=num_pages, page_size=page_size, dtype=cache_dtype, kv_scales=kv_scales
         )
 
     @property
@@ -146,6 +158,9 @@ def serve(
     max_new_tokens: int,
     *,
     stop_token_id: int | None = None,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+    kv_scales: KVScales | None = None,
+    implementation: str = "auto",
     **options: Any,
 ) -> list[list[int]]:
     """Continue every prompt, in continuous batches over a cache of limited size.
@@ -155,6 +170,10 @@ def serve(
         prompts: Token ids, one list or 1-D integer array per prompt.
         max_new_tokens: Tokens to add to each prompt.
         stop_token_id: A sequence that chooses this token ends with it.
+        cache_dtype: Element type of the cache, as of `generate`.
+        kv_scales: Of a quantised cache, its scales. By default those that `calibrate_kv_scales` measures on
+            these prompts, which must then fit one batch.
+        implementation: Of the attention; see `jaxattn.attention`.
         **options: Of `Server`; `num_pages` is required.
 
     Returns:
@@ -163,7 +182,12 @@ def serve(
     Raises:
         ValueError: If an argument is out of range, or a prompt could not be held by the whole cache.
     """
-    server = Server(model, **options)
+    cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+    if kv_scales is None and is_quantized(cache_dtype):
+        kv_scales = calibrate_kv_scales(model, prompts, cache_dtype, implementation=implementation)
+    server = Server(
+        model, cache_dtype=cache_dtype, kv_scales=kv_scales, implementation=implementation, **options
+    )
     request_ids = [server.add(prompt, max_new_tokens, stop_token_id=stop_token_id) for prompt in prompts]
     results = server.run()
     return [results[request_id] for request_id in request_ids]

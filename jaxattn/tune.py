@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,6 +27,7 @@ from rich.table import Table
 from jaxattn import mosaic
 from jaxattn.attention import attention, obstacle_to
 from jaxattn.buckets import Bucket
+from jaxattn.cache import PagedKVCache, init_cache, quantization_scale, write_cache
 from jaxattn.cases import GPU_TUNING, QUICK_TUNING, TUNING, Workload, nest_workload, random_page_tables
 from jaxattn.choice import default_device, describe_device, fastest
 from jaxattn.choice_table import PHASES, VARIABLE, VERSION, Device, Layer, format_table, parse_table
@@ -38,10 +41,11 @@ _ARBITERS = ("reference", "xla", "triton", "mosaic")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePlan:
-    """What to measure: every combination of element type, head dim, page size and phase.
+    """What to measure: every combination of element types, head dim, page size and phase.
 
     Attributes:
         dtypes: Names of element types, of queries, keys and values alike.
+        cache_dtypes: Names of element types of quantised caches, measured besides with paged keys.
         head_dims: Sizes of a head.
         page_sizes: Tokens per page; None for packed keys, of which there is no decode.
         num_q_heads: Query heads.
@@ -52,6 +56,7 @@ class TunePlan:
     """
 
     dtypes: tuple[str, ...]
+    cache_dtypes: tuple[str, ...] = ()
     head_dims: tuple[int, ...] = (64, 128)
     page_sizes: tuple[int | None, ...] = (16, None)
     num_q_heads: int
@@ -69,12 +74,14 @@ class TunePlan:
     def layers(self) -> dict[Layer, list[Workload]]:
         """The layers with their workloads, in the order of the rows."""
         layers = {
-            Layer(phase, dtype, dtype, head_dim, page_size): [
+            Layer(phase, dtype, kv_dtype, head_dim, page_size): [
                 w for w in self.workloads[phase] if page_size is not None or w.q_lens == w.kv_lens
             ]
             for dtype in self.dtypes
+            for kv_dtype in (dtype, *self.cache_dtypes)
             for head_dim in self.head_dims
             for page_size in self.page_sizes
+            if page_size is not None or kv_dtype == dtype
             for phase in PHASES
         }
         return {layer: workloads for layer, workloads in layers.items() if workloads}
@@ -197,7 +204,9 @@ def _tune_layer(
             try:
                 # Compiled once, for the outputs and for the times.
                 program = jax.jit(
-                    lambda q, k, v, m, name=name: attention(q, k, v, m, spec, implementation=name)
+                    lambda q, k, v, m, scales, name=name: attention(
+                        q, k, v, m, spec, **scales, implementation=name
+                    )
                 )
                 outputs[name] = np.asarray(program(*inputs), np.float32)
                 measured = measure(program, *inputs, repeats=plan.repeats)
@@ -217,7 +226,7 @@ def _tune_layer(
 def _draw(
     workload: Workload, spec: AttentionSpec, layer: Layer, implementations: tuple[str, ...]
 ) -> tuple[Any, ...]:
-    """Random queries, keys and values of a batch in the smallest bucket, and its metadata."""
+    """Random queries, keys and values of a batch in the smallest bucket, its metadata, and scales by name."""
     page_size, longest = layer.page_size, max(workload.q_lens)
     if page_size is None:
         tables, num_pages = None, 0
@@ -228,11 +237,34 @@ def _draw(
     bucket = Bucket(sum(workload.q_lens), len(workload.q_lens), num_pages, max_q_len=longest)
     batch = nest_workload(workload, page_tables=tables, page_size=page_size, bucket=bucket)
     heads = ((bucket.tokens, spec.num_q_heads), *2 * [(*shape, spec.num_kv_heads)])
-    qkv = [
+    q, k, v = (
         jax.random.normal(key, (*lead, spec.head_dim), layer.dtype)
         for key, lead in zip(jax.random.split(jax.random.key(0), 3), heads, strict=True)
-    ]
-    return (*qkv, prepare_metadata(batch, spec, consumers=implementations))
+    )
+    scales = {}
+    if layer.kv_dtype != layer.dtype:
+        cache = _quantized(k, v, layer.kv_dtype)
+        k, v, scales = cache.k_pages, cache.v_pages, {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+    return q, k, v, prepare_metadata(batch, spec, consumers=implementations), scales
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _quantized(
+    k: Float[Array, "pages page_size K H"], v: Float[Array, "pages page_size K H"], dtype: str
+) -> PagedKVCache:
+    """A quantised cache of these pages, its scales those of the largest numbers."""
+    num_pages, page_size, num_kv_heads, head_dim = k.shape
+    k, v = (x.reshape(-1, num_kv_heads, head_dim) for x in (k, v))
+    cache = init_cache(
+        num_pages=num_pages,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        k_scale=quantization_scale(k, dtype),
+        v_scale=quantization_scale(v, dtype),
+    )
+    return write_cache(cache, k, v, jnp.arange(num_pages * page_size, dtype=jnp.int32))
 
 
 def _disagreeing(outputs: Mapping[str, np.ndarray], dtype: str) -> dict[str, str]:

@@ -58,7 +58,6 @@ def check_here(
 
 
 MIXED = Workload("mixed", (1, 34), (33, 40), "a decode, and a chunk of more than one tile")
-SHORT = Workload("short", (1, 5), (33, 0), "queries that all go to one list")
 
 LAYERS = {
     "two heads per group, window and cap, small pages": (
@@ -68,15 +67,9 @@ LAYERS = {
         "float16",
     ),
     "four heads per group, window of several pages, sinks": (
-        layer(4, 1, 128, sliding_window=40, sinks=True),
+        layer(4, 1, 96, sliding_window=40, sinks=True),
         MIXED,
         16,
-        "bfloat16",
-    ),
-    "two key heads, rows that no head fills, pages larger than a block, sinks": (
-        layer(6, 2, sinks=True),
-        SHORT,
-        256,
         "bfloat16",
     ),
     "a large head, packed": (
@@ -101,8 +94,9 @@ def test_more_key_blocks_than_shared_memory_holds(growth):
 
 
 SPLITS = {
-    # Sequences of one unit and of several, a window that begins amid one, and padding.
-    "window, sinks": (128, (1, 3), (300, 30), layer(8, 2, 96, sliding_window=190, sinks=True), 16, 3),
+    # Sequences of one unit and of several, a window that begins amid one, and padding; two key heads, rows
+    # that no head fills, and pages larger than a block.
+    "window, sinks": (128, (1, 3), (300, 30), layer(6, 2, sliding_window=190, sinks=True), 256, 3),
     # Units that share a block of keys with others.
     "packed": (8, (15, 33, 2), (0, 0, 0), layer(1, 1, sinks=True), None, 33),
 }

@@ -68,6 +68,18 @@ def test_a_head_of_zeros_has_a_scale():
     assert np.isfinite(quantization_scale(jnp.zeros((3, 2, 4)), "int8")).all()
 
 
+def test_a_head_with_a_number_that_is_not_finite_has_no_scale():
+    x = jnp.ones((3, 2, 4)).at[1, 0, 2].set(jnp.nan)
+    np.testing.assert_array_equal(jnp.isfinite(quantization_scale(x, "int8")), [False, True])
+
+
+def test_a_cache_that_is_donated_has_scales_of_its_own():
+    scale, ones = jnp.ones(2), jnp.ones((1, 2, 16))
+    slot = jnp.array([1], jnp.int32)
+    written = jax.jit(write_cache, donate_argnums=0)(quantized_cache("int8", scale, scale), ones, ones, slot)
+    np.testing.assert_array_equal(written.k_scale, scale)
+
+
 @pytest.mark.parametrize(
     ("dtype", "k_scale", "message"),
     [

@@ -48,6 +48,24 @@ def test_generate(model, path, capsys, implementation):
     assert json.loads(capsys.readouterr().out) == {"tokens": generate(model, PROMPTS, 6)}
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e5m2"])
+def test_quantised_cache(model, path, capsys, monkeypatch, dtype):
+    compiled = []
+
+    def generate_and_look(model, *args, **kwargs):
+        compiled.append(set(model.programs.compiled))
+        tokens = generate(model, *args, **kwargs)
+        compiled.append(set(model.programs.compiled))
+        return tokens
+
+    monkeypatch.setattr("jaxattn.cli.generate", generate_and_look)
+    options = ["--max-new-tokens", "6", "--json", "--cache-dtype", dtype]
+    assert run(["generate", path, *PROMPT_OPTIONS, *options]) == 0
+    expected = generate(model, PROMPTS, 6, cache_dtype=dtype)
+    assert json.loads(capsys.readouterr().out) == {"tokens": expected}
+    assert compiled[0] == compiled[1], "all programs were compiled while the weights were read"
+
+
 def test_generate_prints_a_line_per_prompt(model, path, capsys):
     assert run(["generate", path, *PROMPT_OPTIONS, "--max-new-tokens", "2"]) == 0
     expected = [f"{i}: {a} {b}" for i, (a, b) in enumerate(generate(model, PROMPTS, 2))]
@@ -136,9 +154,18 @@ def test_tune_replaces_a_file_if_forced(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "b").exists()
 
 
+def test_tune_a_quantised_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "measure", lambda *args, repeats: Measured(1.0, (1.0,), "host"))
+    out = tmp_path / "choices.json"
+    options = ["--quick", "--page-size", "16", "--head-dim", "16", "--implementation", "xla"]
+    assert run(["tune", *options, "--cache-dtype", "int8", "--out", str(out)]) == 0
+    assert [row.kv_dtype for row in read_table(out).rows] == 2 * [("float32",)] + 2 * [("int8",)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--cache-dtype", "float16"], "invalid choice: 'float16'"),
         (["--heads", "32"], "'32' must be query heads/key heads, such as 32/8"),
         (["--page-size", "0"], "'0' must be an integer of at least 1, or 'none'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
@@ -221,6 +248,12 @@ def test_wrong_usage_is_one_line_and_status_2(capsys):
     error = capsys.readouterr().err
     assert "required" in error
     assert error.count("\n") == 1
+
+
+def test_a_dtype_that_no_cache_has(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(["generate", "somewhere", "--prompt-ids", "1", "--max-new-tokens", "1", "--cache-dtype", "int4"])
+    assert "--cache-dtype: invalid choice: 'int4'" in capsys.readouterr().err
 
 
 def test_debug_before_the_command(tmp_path):

@@ -1,5 +1,6 @@
 """Generation and scoring of a small random decoder, on every backend."""
 
+import dataclasses
 import functools
 
 import chex
@@ -12,16 +13,23 @@ from jaxattn import (
     Bucket,
     BucketGrid,
     DecoderConfig,
+    KVScales,
     Model,
     PagePool,
+    advance,
+    calibrate_kv_scales,
     compile_generation,
     compute_logits,
     generate,
     nest_sequences,
     plan_generation,
+    prepare_metadata,
+    write_cache,
 )
+from jaxattn import init_cache as init_layer_cache
 from jaxattn.models import Programs, forward, init_cache, init_params
 from jaxattn.models.sampling import sample
+from jaxattn.models.steps import step
 
 CONFIG = DecoderConfig(
     vocab_size=97,
@@ -181,6 +189,204 @@ def test_low_precision(model):
 def test_refuses(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **{"max_new_tokens": 2, **options})
+
+
+class TestQuantisedCache:
+    """Against the same model over a float32 cache into which rounded keys and values are written."""
+
+    @pytest.fixture
+    def oracle(self, model, monkeypatch):
+        """Replaces `write_cache`, for programs that are traced from now on: what it gives layer by layer."""
+
+        def model_that_rounds(scales: KVScales, dtype: str) -> Model:
+            layers = iter(2 * list(zip(*scales, strict=True)))  # two programs: prefill and decode
+
+            def write(cache, k, v, slot_mapping):
+                k, v = (fake_quantise(x, s, dtype) for x, s in zip((k, v), next(layers), strict=True))
+                return write_cache(cache, k, v, slot_mapping)
+
+            monkeypatch.setattr("jaxattn.layer.write_cache", write)
+            return Model.from_params(model.config, model.params)
+
+        return model_that_rounds
+
+    @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+    def test_greedy_tokens(self, model, tokens, oracle, implementation):
+        # Two programs may sum in another order: sooner or later a key is rounded up in one and down in the
+        # other, and some steps later another token is chosen.
+        num, scales = 8, powers_of_two(model, "int8")
+        run = functools.partial(generate, implementation=implementation)
+        got = run(model, PROMPTS, num, cache_dtype="int8", kv_scales=scales)
+        assert got != [new[:num] for new in tokens]
+        assert got == run(oracle(scales, "int8"), PROMPTS, num)
+
+    @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+    @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+    def test_the_bits_of_a_step(self, model, oracle, dtype, implementation):
+        scales = powers_of_two(model, dtype)
+        quantised = two_steps(model, implementation, dtype, scales)
+        rounded = two_steps(oracle(scales, dtype), implementation, "float32", None)
+        for (logits, cache), (wanted, exact) in zip(quantised, rounded, strict=True):
+            np.testing.assert_array_equal(logits, wanted)
+            for got, expected in zip(cache, exact, strict=True):
+                assert got.k_pages.dtype == dtype
+                np.testing.assert_array_equal(meant(got.k_pages, got.k_scale), expected.k_pages)
+                np.testing.assert_array_equal(meant(got.v_pages, got.v_scale), expected.v_pages)
+
+    def test_scales_are_measured_on_the_prompts(self, model):
+        run = functools.partial(generate, model, PROMPTS, NEW, cache_dtype="int8", implementation="xla")
+        scales = calibrate_kv_scales(model, PROMPTS, "int8", implementation="xla")
+        assert run() == run(kv_scales=scales) != run(kv_scales=jax.tree.map(lambda x: 8 * x, scales))
+
+    def test_scales_are_those_of_the_largest_numbers(self, model):
+        """Of the layers that `forward` computes; padding and the size of the bucket do not count."""
+        scales = calibrate_kv_scales(model, PROMPTS, "int8", implementation="xla")
+        batch = nest_sequences(PROMPTS, bucket=Bucket(tokens=61, seqs=4))
+        metadata = prepare_metadata(batch, CONFIG.layer_specs())
+        _, packed = forward(model.params, CONFIG, batch.token_ids, metadata, implementation="xla")
+        for layer, keys_and_values in enumerate(packed):
+            for scale, x in zip(scales, keys_and_values, strict=True):
+                np.testing.assert_allclose(scale[layer], np.abs(x).max((0, 2)) / 127, rtol=1e-5)
+        larger = calibrate_kv_scales(
+            model, PROMPTS, "int8", implementation="xla", grid=BucketGrid(tokens=(256,))
+        )
+        chex.assert_trees_all_close(larger, scales, rtol=1e-6)
+
+    @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+    def test_padding_may_be_poisoned(self, model, implementation):
+        prompts = [[1, 5, 9], [7], [3] * 17]
+        poisoned = dict(model.params)
+        poisoned["embed"] = poisoned["embed"].at[0].set(jnp.nan)  # padding has token 0
+        options = {"cache_dtype": "int8", "implementation": implementation}
+        got = generate(Model.from_params(CONFIG, poisoned), prompts, 3, **options)
+        assert got == generate(model, prompts, 3, **options)
+
+    @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+    @pytest.mark.parametrize(("dtype", "poison"), [("int8", -128), ("float8_e4m3fn", np.nan)])
+    def test_pages_may_hold_anything(self, model, monkeypatch, dtype, poison, implementation):
+        options = {"cache_dtype": dtype, "implementation": implementation}
+        expected = generate(model, PROMPTS, 3, **options)
+
+        def poisoned(**kwargs):
+            layer = init_layer_cache(**kwargs)
+            pages = jnp.full_like(layer.k_pages, poison)
+            return dataclasses.replace(layer, k_pages=pages, v_pages=pages + 0)
+
+        monkeypatch.setattr("jaxattn.models.decoder.init_layer_cache", poisoned)
+        assert generate(model, PROMPTS, 3, **options) == expected
+
+    def test_given_scales_make_prompts_independent(self, model):
+        scales = calibrate_kv_scales(model, PROMPTS[:2], "int8")
+        options = {"cache_dtype": "int8", "kv_scales": scales, "implementation": "xla"}
+        together = generate(model, PROMPTS, NEW, **options)
+        assert [generate(model, [prompt], NEW, **options)[0] for prompt in PROMPTS] == together
+        assert not scales.k.is_deleted(), "the cache that is donated has its own"
+
+    def test_low_precision(self, model):
+        low = Model.from_params(CONFIG, jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
+        assert generate(low, PROMPTS, 3, cache_dtype="bfloat16") == generate(low, PROMPTS, 3)
+        tokens = [generate(low, PROMPTS, 3, cache_dtype="int8", implementation=i) for i in ("xla", "triton")]
+        assert tokens[0] == tokens[1]
+
+    def test_programs_compiled_ahead_are_those_that_run(self, model):
+        scales, programs = powers_of_two(model, "int8"), Programs(model.config, model.programs.dtype)
+        compile_generation(programs, plan_generation([len(p) for p in PROMPTS], NEW), cache_dtype="int8")
+        compiled = set(programs.compiled)
+        generate(Model(CONFIG, model.params, programs), PROMPTS, NEW, cache_dtype="int8", kv_scales=scales)
+        assert set(programs.compiled) == compiled
+
+    GOOD = jnp.ones((2, 2))
+    BAD = GOOD.at[1, 0].set(jnp.nan)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"cache_dtype": "int4"},
+                "cache_dtype=int4 cannot be served; use the dtype of the parameters, fl",
+            ),
+            (
+                {"cache_dtype": "fp8"},
+                "cache_dtype=fp8 cannot be served; .* or a quantised one: int8, float8_e",
+            ),
+            (
+                {"cache_dtype": "bfloat16"},
+                "cache_dtype=bfloat16 cannot be served; use the dtype of the param",
+            ),
+            (
+                {"kv_scales": KVScales(GOOD, GOOD)},
+                "kv_scales was given, and cache_dtype=float32 is not quantised; leave it out",
+            ),
+            (
+                {"cache_dtype": "int8", "kv_scales": KVScales(GOOD, GOOD[0])},
+                r"kv_scales.v has shape \(2,\); give one scale per layer and key head, \(2, 2\)",
+            ),
+            (
+                {"cache_dtype": "int8", "kv_scales": KVScales(BAD, GOOD)},
+                r"kv_scales.k\[1, 0\]=nan must be positive and finite; measure scales with calibrate_kv_sca",
+            ),
+            ({"cache_dtype": "int8", "kv_scales": KVScales(GOOD, 0 * GOOD)}, r"kv_scales.v\[0, 0\]=0.0 must"),
+            ({"cache_dtype": "int8", "kv_scales": KVScales(GOOD, -GOOD)}, r"kv_scales.v\[0, 0\]=-1.0 must"),
+        ],
+    )
+    def test_refuses_before_anything_is_compiled(self, model, options, message):
+        model = Model.from_params(CONFIG, model.params)
+        with pytest.raises(ValueError, match=message):
+            generate(model, PROMPTS, NEW, **options)
+        assert not model.programs.compiled
+
+    def test_calibration_refuses(self, model):
+        with pytest.raises(
+            ValueError, match="cache_dtype=float32 needs no scales; use one of int8, float8_e"
+        ):
+            calibrate_kv_scales(model, PROMPTS, "float32")
+        with pytest.raises(ValueError, match=r"sequences\[0\]\[0\]=97 is a token id outside the vocabulary"):
+            calibrate_kv_scales(model, [[97]], "int8")
+        broken = dict(model.params)
+        broken["embed"] = broken["embed"].at[9].set(jnp.nan)
+        with pytest.raises(
+            ValueError, match=r"kv_scales.k\[0, 0\]=nan must be positive .* keys and values are"
+        ):
+            calibrate_kv_scales(Model.from_params(CONFIG, broken), PROMPTS, "int8")
+
+
+def fake_quantise(x: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
+    """The numbers that a quantised cache can hold, as near to x as they come."""
+    largest = 127.0 if dtype == "int8" else float(jnp.finfo(dtype).max)
+    scale = scale[None, :, None]
+    steps = jnp.clip(x / scale, -largest, largest)
+    steps = jnp.round(steps) if dtype == "int8" else steps.astype(dtype).astype(jnp.float32)
+    return steps * scale
+
+
+def powers_of_two(model: Model, dtype: str) -> KVScales:
+    """Scales by which nothing is rounded differently wherever they are multiplied in; some are too small."""
+    factors = np.array([[1, 2], [0.5, 1]], np.float32)
+    measured = calibrate_kv_scales(model, PROMPTS, dtype, implementation="xla")
+    return KVScales(*(jnp.asarray(factors * np.exp2(np.ceil(np.log2(scale)))) for scale in measured))
+
+
+def meant(pages: jax.Array, scale: jax.Array) -> np.ndarray:
+    """What is stored, in float32."""
+    return np.asarray(pages, np.float32) * np.asarray(scale)[:, None]
+
+
+def two_steps(model: Model, implementation: str, dtype: str, scales: KVScales | None) -> list:
+    """Logits and cache after a prefill and after a decode step of a token that is given."""
+    pool = PagePool(num_pages=24, page_size=5)
+    batch = nest_sequences(
+        PROMPTS,
+        page_tables=[pool.allocate(len(prompt) + 1) for prompt in PROMPTS],
+        page_size=5,
+        num_pages=24,
+        bucket=Bucket(tokens=64, seqs=4, pages=24),
+    )
+    cache = init_cache(CONFIG, num_pages=24, page_size=5, dtype=dtype, kv_scales=scales)
+    run = jax.jit(functools.partial(step, config=CONFIG, num_rows=4, implementation=implementation))
+    prefilled, cache = run(model.params, cache, batch)
+    batch = advance(batch, jnp.arange(4, dtype=jnp.int32), bucket=batch.bucket.decode())
+    decoded, decoded_cache = run(model.params, cache, batch)
+    return [(prefilled, cache), (decoded, decoded_cache)]
 
 
 class TestStoppingTheLoop:

@@ -24,8 +24,21 @@ OPTIONS = {
 
 def test_a_right_kernel_passes():
     results = list(gpu.check_options(OPTIONS, (ODD[2],)))
-    assert len(results) == len(gpu.KERNELS)
+    assert [result["kind"] for result in results] == ["correctness", "gradient"] * len(gpu.KERNELS)
     assert all(result["ok"] for result in results)
+    assert results[1]["error_over_bound"].keys() == {"q", "k", "v", "sinks"}
+
+
+def test_a_wrong_gradient_fails(monkeypatch):
+    right = gpu.go_back
+
+    def wrong(problem, spec, implementation):
+        gradients = right(problem, spec, implementation)
+        return [*gradients[:3], gradients[3] * (1.1 if implementation in gpu.KERNELS else 1)]
+
+    monkeypatch.setattr(gpu, "go_back", wrong)
+    outcomes = {result["kind"]: result["ok"] for result in gpu.check_options(OPTIONS, (ODD[2],))}
+    assert outcomes == {"correctness": True, "gradient": False}
 
 
 @pytest.mark.parametrize("part", [0, 1])
@@ -39,7 +52,8 @@ def test_a_wrong_kernel_fails(monkeypatch, part):
         return tuple(results)
 
     monkeypatch.setattr(gpu, "attend", wrong)
-    assert not any(result["ok"] for result in gpu.check_options(OPTIONS, (ODD[2],)))
+    results = gpu.check_options(OPTIONS, (ODD[2],))
+    assert not any(result["ok"] for result in results if result["kind"] == "correctness")
 
 
 def test_options_are_sampled_without_repeats():

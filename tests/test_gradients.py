@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 from matrix import BACKENDS, FULL_MATRIX, covering_selection, make_spec
-from oracle import Problem
+from oracle import Problem, attend_dense_with_lse
 from tolerances import assert_as_good_as
 
 from jaxattn import AttentionMetadata, AttentionSpec, Bucket, attention, nest_sequences, prepare_metadata
@@ -34,6 +34,8 @@ class Step:
 
     spec: AttentionSpec
     batch: Any
+    problem: Problem
+    tables: list[np.ndarray] | None
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
@@ -41,14 +43,10 @@ class Step:
     d_lse: np.ndarray
 
     @classmethod
-    def draw(cls, workload: Workload, spec: AttentionSpec, page_size: int | None, d_padding=np.nan) -> Step:
-        problem, num_tokens, rng = (
-            Problem.draw(workload, spec),
-            sum(workload.q_lens),
-            np.random.default_rng(9),
-        )
+    def draw(cls, workload: Workload, spec: AttentionSpec, page_size: int | None) -> Step:
+        problem, num_tokens = Problem.draw(workload, spec), sum(workload.q_lens)
         if page_size is None:
-            batch, bucket = nest_workload(workload, bucket=BUCKET), BUCKET
+            batch, bucket, tables = nest_workload(workload, bucket=BUCKET), BUCKET, None
             k, v = (problem.packed(rows, bucket.tokens) for rows in (problem.k, problem.v))
         else:
             num_pages = sum(-(-n // page_size) for n in workload.kv_lens) + 3
@@ -56,9 +54,22 @@ class Step:
             tables, k, v = problem.pages(page_size, num_pages=num_pages)
             batch = nest_workload(workload, page_tables=tables, page_size=page_size, bucket=bucket)
         q = problem.packed(problem.q, bucket.tokens)
+        rng = np.random.default_rng(9)
         d_out, d_lse = (rng.standard_normal(shape).astype(np.float32) for shape in (q.shape, q.shape[:2]))
-        d_out[num_tokens:] = d_lse[num_tokens:] = d_padding
-        return cls(spec, batch, q, k, v, d_out, d_lse)
+        d_out[num_tokens:] = d_lse[num_tokens:] = np.nan
+        return cls(spec, batch, problem, tables, q, k, v, d_out, d_lse)
+
+    def placed(self, rows: list[np.ndarray]) -> np.ndarray:
+        """Rows of the keys of all sequences, where the keys lie; 0 elsewhere."""
+        result = np.zeros(self.k.shape)
+        if self.tables is None:
+            result[: sum(map(len, rows))] = np.concatenate(rows)
+            return result
+        page_size, slots = self.k.shape[1], result.reshape(-1, *self.k.shape[2:])
+        for table, row in zip(self.tables, rows, strict=True):
+            position = np.arange(len(row))
+            slots[table[position // page_size] * page_size + position % page_size] = row
+        return result
 
     @property
     def sinks(self) -> np.ndarray | None:
@@ -95,10 +106,51 @@ def exact_gradients(step: Step) -> list[np.ndarray]:
         return step.gradients("reference", "float64")
 
 
+def textbook_gradients(step: Step) -> tuple[list[np.ndarray], float]:
+    """The formulas at the head of `jaxattn/gradients.py`, for one sequence after the other, in float32.
+
+    Also the largest of the two numbers, times its weight and a query or key, whose difference a gradient is
+    made of. Where weights cannot change, as in a window of one key, the difference is all rounding.
+    """
+    spec, G, start = step.spec, step.spec.group_size, 0
+    scale, cap = np.float32(spec.softmax_scale), spec.logits_soft_cap
+    dq, dks, dvs = np.zeros(step.q.shape), [], []
+    d_sinks, summands = np.zeros(spec.num_q_heads, np.float32), 0.0
+    for q, k, v in zip(step.problem.q, step.problem.k, step.problem.v, strict=True):
+        rows = slice(start, start := start + len(q))
+        d_out, d_lse = step.d_out[rows], step.d_lse[rows].T
+        repeated_k, repeated_v = np.repeat(k, G, axis=1), np.repeat(v, G, axis=1)
+        logits = np.einsum("qnh,knh->nqk", q, repeated_k) * scale
+        slope = np.float32(1)
+        if cap is not None:
+            logits = np.float32(cap) * np.tanh(logits / np.float32(cap))
+            slope = 1 - (logits / np.float32(cap)) ** 2
+        position, key = np.arange(len(k) - len(q), len(k))[:, None], np.arange(len(k))[None, :]
+        sees = key <= position if spec.causal else np.ones_like(key <= position)
+        if spec.sliding_window is not None:
+            sees &= key > position - spec.sliding_window
+        out, lse = attend_dense_with_lse(q, k, v, spec, step.sinks, np.float32)
+        weights = np.where(sees, np.exp(logits - lse.T[..., None]), np.float32(0))
+        delta = np.einsum("qnh,qnh->nq", d_out, out) - d_lse
+        d_weights = np.einsum("qnh,knh->nqk", d_out, repeated_v)
+        largest = np.abs(weights * d_weights).max() * scale * max(np.abs(q).max(), np.abs(k).max())
+        summands = max(summands, float(largest))
+        d_products = weights * (d_weights - delta[..., None]) * slope * scale
+        dq[rows] = np.einsum("nqk,knh->qnh", d_products, repeated_k)
+        for found, products, of_rows in ((dks, d_products, q), (dvs, weights, d_out)):
+            by_head = np.einsum("nqk,qnh->knh", products, of_rows)
+            found.append(by_head.reshape(len(k), spec.num_kv_heads, G, -1).sum(axis=2))
+        if step.sinks is not None:
+            d_sinks -= (np.exp(step.sinks[:, None] - lse.T) * delta).sum(axis=1)
+    gradients = [dq, step.placed(dks), step.placed(dvs)]
+    return gradients if step.sinks is None else [*gradients, d_sinks], summands
+
+
 def check_step(step: Step, implementation: str) -> None:
-    got, plain, exact = step.gradients(implementation), step.gradients("reference"), exact_gradients(step)
+    got, exact = step.gradients(implementation), exact_gradients(step)
+    plain, summands = textbook_gradients(step)
     for g, p, e in zip(got, plain, exact, strict=True):
-        assert_as_good_as(g, p, e, jnp.dtype("float32"))
+        assert_as_good_as(g, p, e, jnp.dtype("float32"), summands)
         np.testing.assert_array_equal(g[e == 0], 0)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxattn import BucketGrid, DecoderConfig, Model, generate
+from jaxattn import BucketGrid, DecoderConfig, KVScales, Model, calibrate_kv_scales, generate
 from jaxattn.models import init_params
 from jaxattn.serve import Server, serve
 
@@ -75,8 +76,16 @@ def test_requests_may_come_between_steps(model, tokens):
 
 
 def test_the_default_grid_holds_every_step(model, tokens):
-    options = {"page_size": 16, "num_pages": 5, "token_budget": 8, "max_seqs": 2}
-    served = serve(model, PROMPTS[:3], NEW, implementation="xla", **options)
+    served = serve(
+        model,
+        PROMPTS[:3],
+        NEW,
+        implementation="xla",
+        page_size=16,
+        num_pages=5,
+        token_budget=8,
+        max_seqs=2,
+    )
     assert served == tokens[:3]
 
 
@@ -85,6 +94,48 @@ def test_stop_token(model, tokens):
     served = serve(model, PROMPTS, NEW, stop_token_id=stop, token_budget=32, max_seqs=8, **OPTIONS)
     assert served == generate(model, PROMPTS, NEW, stop_token_id=stop, implementation="xla")
     assert any(len(new) < NEW for new in served)
+
+
+# The last bits of `reference` depend on the bucket, and with them how some keys are rounded.
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_cache(model, tokens, dtype, implementation):
+    """Chunks, preemption and shared pages change nothing: what is stored depends on the scales alone."""
+    scales = calibrate_kv_scales(model, PROMPTS, dtype, implementation=implementation)
+    quantised = {"cache_dtype": dtype, "kv_scales": scales, "implementation": implementation}
+    expected = generate(model, PROMPTS, NEW, **quantised)
+    assert expected != tokens
+    server = Server(model, token_budget=32, max_seqs=8, max_chunk=3, **{**OPTIONS, **quantised})
+    requests = [server.add(prompt, NEW) for prompt in PROMPTS]
+    results = server.run()
+    assert [results[request] for request in requests] == expected
+    assert server.scheduler.stats.num_shared_tokens > 0
+    assert server.scheduler.stats.num_preemptions > 0
+
+
+def test_scales_of_a_quantised_cache_are_measured_on_the_prompts(model):
+    served = serve(model, PROMPTS, NEW, cache_dtype="int8", token_budget=32, max_seqs=8, **OPTIONS)
+    assert served == generate(model, PROMPTS, NEW, cache_dtype="int8", implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"cache_dtype": "int8"},
+            "kv_scales was not given, and cache_dtype=int8 needs it; measure it with cal",
+        ),
+        ({"cache_dtype": "float16"}, "cache_dtype=float16 cannot be served; use the dtype of the parameters"),
+        ({"kv_scales": KVScales(jnp.ones((2, 2)), jnp.ones((2, 2)))}, "cache_dtype=float32 is not quantised"),
+        (
+            {"cache_dtype": "int8", "kv_scales": KVScales(jnp.ones(2), jnp.ones(2))},
+            r"kv_scales.k has shape \(2,\); give one scale per layer and key head, \(2, 2\)",
+        ),
+    ],
+)
+def test_a_server_refuses_scales(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Server(model, **OPTIONS, **{"token_budget": 32, "max_seqs": 8, **options})
 
 
 @pytest.mark.parametrize(

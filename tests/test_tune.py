@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import choose_implementation
+from jaxattn import choose_implementation, mosaic
 from jaxattn import tune as module
 from jaxattn.cases import GPU_TUNING, ODD, TUNING, Workload
 from jaxattn.choice import describe_device
@@ -58,7 +58,7 @@ def fake(monkeypatch):
     def replace(times: dict[str, float], outputs: dict[str, float | Exception] | None = None):
         traced = []
 
-        def attend(q, *args, implementation):
+        def attend(q, *args, implementation, **scales):
             traced.append(implementation)
             out = (outputs or {}).get(implementation, 1.0)
             if isinstance(out, Exception):
@@ -138,6 +138,51 @@ def test_packed_keys_have_no_decode_and_no_context():
     assert set(layers) == {("prefill", None), ("prefill", 8), ("decode", 8)}
     assert not any(any(w.context_lens) for w in layers["prefill", None])
     assert any(any(w.context_lens) for w in layers["prefill", 8])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_quantised_cache_is_measured_too(dtype):
+    plan = dataclasses.replace(PLAN, cache_dtypes=(dtype,), page_sizes=(16, None))
+    table = parse_table(json.dumps(tune(plan).document), "own.json")
+    assert [row.kv_dtype for row in table.rows] == [("float32",), (dtype,)]
+    quantised = LAYER._replace(kv_dtype=dtype)
+    assert [row.matches(quantised, describe_device()) for row in table.rows] == [False, True]
+    assert table.rows[1].medians_ms["decode"].keys() == {"xla", "reference"}, "they agree"
+    choice = choose_implementation(
+        plan.spec(quantised), kv_dtype=dtype, page_size=16, phase="decode", table=table
+    )
+    assert choice.implementation == table.rows[1].implementation
+    assert "own.json runs[0].rows[1]" in choice.reason
+
+
+def test_what_is_measured_of_a_quantised_cache():
+    """Pages of the cache's type whose largest number is the largest there is, in every head."""
+    layer = LAYER._replace(kv_dtype="int8")
+    q, k, v, _, scales = module._draw(ODD[2], PLAN.spec(layer), layer, ("xla",))
+    assert (q.dtype, k.dtype, v.dtype) == ("float32", "int8", "int8")
+    assert int(jnp.abs(k.astype("float32")).max()) == 127
+    assert scales["k_scale"].shape == scales["v_scale"].shape == (1,)
+
+
+def test_a_kernel_that_cannot_read_a_quantised_cache_is_left_out(fake):
+    fake({"xla": 1.0})
+    plan = dataclasses.replace(
+        PLAN, dtypes=("bfloat16",), cache_dtypes=("int8",), implementations=("mosaic", "xla")
+    )
+    row = rows_of(plan)[1]
+    assert row["left_out"] == {"mosaic": mosaic.obstacle(
+        plan.spec(LAYER), "bfloat16", "int8", 16, capability="that of a cpu"
+    )}  # fmt: skip
+    assert row["implementation"] == "xla"
+
+
+def test_only_pages_are_quantised():
+    plan = dataclasses.replace(PLAN, cache_dtypes=("int8",), page_sizes=(None, 8), workloads=TUNING)
+    assert {(layer.kv_dtype, layer.page_size) for layer in plan.layers()} == {
+        ("float32", None),
+        ("float32", 8),
+        ("int8", 8),
+    }
 
 
 @pytest.mark.parametrize("workloads", [TUNING, GPU_TUNING], ids=["cpu", "gpu"])

@@ -16,7 +16,9 @@ ROUNDINGS = 4.0
 """Units in the last place of the largest output that are allowed besides."""
 
 
-def assert_as_good_as(got: np.ndarray, plain: np.ndarray, exact: np.ndarray, dtype: jnp.dtype) -> None:
+def assert_as_good_as(
+    got: np.ndarray, plain: np.ndarray, exact: np.ndarray, dtype: jnp.dtype, summands: float = 0.0
+) -> None:
     """Assert that `got` errs at most twice as much as `plain` does, both against `exact`.
 
     Args:
@@ -24,10 +26,12 @@ def assert_as_good_as(got: np.ndarray, plain: np.ndarray, exact: np.ndarray, dty
         plain: The plain computation in the same precision.
         exact: The float64 result.
         dtype: Of the computation.
+        summands: Size of the largest number that enters a result by addition, where results are
+            differences of larger numbers.
     """
     got, plain = np.asarray(got, np.float64), np.asarray(plain, np.float64)
     assert np.isfinite(got).all(), "the result is not finite"
-    rounding = float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+    rounding = float(jnp.finfo(dtype).eps) * max(np.abs(exact).max(), summands)
     bound = FACTOR * np.abs(plain - exact).max() + ROUNDINGS * rounding
     error = np.abs(got - exact).max()
     assert error <= bound, f"error {error:.2e} exceeds {bound:.2e}"

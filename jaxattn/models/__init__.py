@@ -1,7 +1,15 @@
 """One decoder; what differs between families is data in its config."""
 
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import abstract_params, forward, init_cache, init_params, unembed
+from jaxattn.models.decoder import (
+    abstract_params,
+    check_cache_dtype,
+    check_kv_scales,
+    forward,
+    init_cache,
+    init_params,
+    unembed,
+)
 from jaxattn.models.programs import Model, Programs
 from jaxattn.rope import RopeConfig
 
@@ -11,6 +19,8 @@ __all__ = [
     "Programs",
     "RopeConfig",
     "abstract_params",
+    "check_cache_dtype",
+    "check_kv_scales",
     "forward",
     "init_cache",
     "init_params",

@@ -10,21 +10,25 @@ is the single source of its shapes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jaxattn.cache import PagedKVCache
+from jaxattn.cache import QUANTIZED_DTYPES, PagedKVCache, is_quantized
 from jaxattn.cache import init_cache as init_layer_cache
 from jaxattn.layer import attend_layer
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.models.config import DecoderConfig
+from jaxattn_kernels.arrays import KVScales
 
 Params = dict[str, Any]
 Cache = tuple[PagedKVCache, ...]
+PackedKV = tuple[tuple[Array, Array], ...]
+"""Keys and values `[T, K, H]` of each layer."""
 
 
 def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Params:
@@ -77,9 +81,25 @@ def init_params(key: Array, config: DecoderConfig, dtype: jax.typing.DTypeLike =
 
 
 def init_cache(
-    config: DecoderConfig, *, num_pages: int, page_size: int, dtype: jax.typing.DTypeLike
+    config: DecoderConfig,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: jax.typing.DTypeLike,
+    kv_scales: KVScales | None = None,
 ) -> Cache:
-    """An empty paged cache, one entry per layer; all layers share one page table."""
+    """An empty paged cache, one entry per layer; all layers share one page table.
+
+    Args:
+        config: The decoder.
+        num_pages: Physical pages.
+        page_size: Tokens per page.
+        dtype: Element type of keys and values.
+        kv_scales: Of a quantised cache, and of no other, its scales `[L, K]`.
+
+    Raises:
+        ValueError: If scales and dtype disagree, or a slot would not be an int32.
+    """
     return tuple(
         init_layer_cache(
             num_pages=num_pages,
@@ -87,9 +107,93 @@ def init_cache(
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=dtype,
+            k_scale=None if kv_scales is None else kv_scales.k[i],
+            v_scale=None if kv_scales is None else kv_scales.v[i],
         )
-        for _ in range(config.num_layers)
+        for i in range(config.num_layers)
     )
+
+
+def check_cache_dtype(dtype: jax.typing.DTypeLike | None, params_dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The element type of a cache that goes with these parameters.
+
+    Args:
+        dtype: What is asked for; None for that of the parameters.
+        params_dtype: That of the parameters.
+
+    Raises:
+        ValueError: If it is neither that of the parameters nor one of a quantised cache.
+    """
+    params_dtype = jnp.dtype(params_dtype)
+    try:
+        found = params_dtype if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not (found == params_dtype or is_quantized(found)):
+        raise ValueError(
+            f"cache_dtype={dtype if found is None else found.name} cannot be served; use the dtype of the "
+            f"parameters, {params_dtype.name}, or a quantised one: {', '.join(QUANTIZED_DTYPES)}"
+        )
+    return found
+
+
+def check_kv_scales(kv_scales: KVScales | None, config: DecoderConfig, cache_dtype: jnp.dtype) -> None:
+    """Check scales that were given for a cache; None where none were.
+
+    Args:
+        kv_scales: Scales `[L, K]` of keys and values, with values that can be read.
+        config: The decoder.
+        cache_dtype: Element type of the cache.
+
+    Raises:
+        ValueError: If there are scales and the cache is not quantised, a shape is wrong, or a scale not
+            positive and finite.
+    """
+    if kv_scales is None:
+        return
+    if not is_quantized(cache_dtype):
+        raise ValueError(
+            f"kv_scales was given, and cache_dtype={cache_dtype.name} is not quantised; leave it out, or ask "
+            f"for a cache of {', '.join(QUANTIZED_DTYPES)}"
+        )
+    for name, scale in kv_scales._asdict().items():
+        array, expected = np.asarray(scale, np.float32), (config.num_layers, config.num_kv_heads)
+        if array.shape != expected:
+            raise ValueError(
+                f"kv_scales.{name} has shape {array.shape}; give one scale per layer and key head, "
+                f"{expected}, as calibrate_kv_scales does"
+            )
+        bad = np.argwhere(~(np.isfinite(array) & (array > 0)))
+        if bad.size:
+            layer, head = bad[0].tolist()
+            raise ValueError(
+                f"kv_scales.{name}[{layer}, {head}]={array[layer, head]} must be positive and finite; "
+                f"measure scales with calibrate_kv_scales on prompts whose keys and values are finite"
+            )
+
+
+@overload
+def forward(
+    params: Params,
+    config: DecoderConfig,
+    token_ids: Int32[Array, " T"],
+    metadata: AttentionMetadata,
+    cache: None = None,
+    *,
+    implementation: str = "auto",
+) -> tuple[Array, PackedKV]: ...
+
+
+@overload
+def forward(
+    params: Params,
+    config: DecoderConfig,
+    token_ids: Int32[Array, " T"],
+    metadata: AttentionMetadata,
+    cache: Cache,
+    *,
+    implementation: str = "auto",
+) -> tuple[Array, Cache]: ...
 
 
 def forward(
@@ -100,7 +204,7 @@ def forward(
     cache: Cache | None = None,
     *,
     implementation: str = "auto",
-) -> tuple[Float[Array, "T D"], Cache | None]:
+) -> tuple[Float[Array, "T D"], Cache | PackedKV]:
     """Run the decoder over a ragged batch.
 
     Args:
@@ -112,25 +216,25 @@ def forward(
         implementation: Of the attention.
 
     Returns:
-        Final hidden states, after the last norm, and the cache with this step's keys written.
+        Final hidden states, after the last norm, and the cache with this step's keys written; without a
+            cache, this step's keys and values.
     """
     x = params["embed"][token_ids]
-    new_cache = []
+    written = []
     for i, (layer, spec) in enumerate(zip(params["layers"], config.layer_specs(), strict=True)):
         h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
         q = _project("td,dnh->tnh", h, layer["q"])
         k = _project("td,dkh->tkh", h, layer["k"])
         v = _project("td,dkh->tkh", h, layer["v"])
         layer_cache = None if cache is None else cache[i]
-        out, written = attend_layer(q, k, v, metadata, spec, layer_cache, implementation=implementation)
-        new_cache.append(written)
+        out, layer_written = attend_layer(q, k, v, metadata, spec, layer_cache, implementation=implementation)
+        written.append(layer_written)
         x = x + _project("tnh,nhd->td", out, layer["o"])
         h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
         gated = jax.nn.silu(_project("td,df->tf", h, layer["gate"])) * _project("td,df->tf", h, layer["up"])
         x = x + _project("tf,fd->td", gated, layer["down"])
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), tuple(
-        new_cache
-    ) if cache is not None else None
+    hidden = rms_norm(x, params["final_norm"], config.rms_norm_eps)
+    return hidden, tuple(written)
 
 
 def unembed(params: Params, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:

@@ -1,4 +1,4 @@
-"""The compiled programs of a decoder: `score`, `prefill` and `decode` of `steps.py`.
+"""The compiled programs of a decoder: `score`, `calibrate`, `prefill` and `decode` of `steps.py`.
 
 Each is compiled once per bucket, ahead of time, from shapes alone: no weights are needed, so
 compilation can run while a checkpoint is still being read.
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from jaxattn.batch import abstract_batch
 from jaxattn.buckets import Bucket
+from jaxattn.cache import is_quantized
 from jaxattn.models import steps
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import Params, abstract_params, init_cache
+from jaxattn.models.decoder import Params, abstract_params, check_cache_dtype, init_cache
+from jaxattn_kernels.arrays import KVScales
 
 
 @dataclass(slots=True)
@@ -26,7 +28,7 @@ class Programs:
 
     Attributes:
         config: The decoder.
-        dtype: Of parameters and cache.
+        dtype: Of the parameters, and of a cache for which no other is asked.
         compiled: Every program compiled so far, by what it was compiled for.
     """
 
@@ -40,6 +42,18 @@ class Programs:
             steps.score, self._params(), abstract_batch(bucket), implementation=implementation
         )
 
+    def calibrate(
+        self, bucket: Bucket, *, cache_dtype: jax.typing.DTypeLike, implementation: str = "auto"
+    ) -> Callable:
+        """The program `(params, batch) -> scales` of `steps.calibrate`."""
+        return self._compile(
+            steps.calibrate,
+            self._params(),
+            abstract_batch(bucket),
+            cache_dtype=jnp.dtype(cache_dtype).name,
+            implementation=implementation,
+        )
+
     def prefill(
         self,
         bucket: Bucket,
@@ -47,13 +61,14 @@ class Programs:
         page_size: int,
         num_pages: int,
         decode_seqs: int,
+        cache_dtype: jax.typing.DTypeLike | None = None,
         implementation: str = "auto",
     ) -> Callable:
         """The program `(params, cache, batch) -> (logits, cache, batch)` of `steps.prefill`."""
         return self._compile(
             steps.prefill,
             self._params(),
-            self._cache(num_pages, page_size),
+            self._cache(num_pages, page_size, cache_dtype),
             abstract_batch(bucket, page_size),
             decode_seqs=decode_seqs,
             implementation=implementation,
@@ -68,6 +83,7 @@ class Programs:
         max_new_tokens: int,
         greedy: bool = True,
         top_k: int | None = None,
+        cache_dtype: jax.typing.DTypeLike | None = None,
         implementation: str = "auto",
     ) -> Callable:
         """The program `(params, cache, batch, logits, key, temperature, num_new_tokens, stop_token)`.
@@ -78,7 +94,7 @@ class Programs:
         return self._compile(
             steps.decode,
             self._params(),
-            self._cache(num_pages, page_size),
+            self._cache(num_pages, page_size, cache_dtype),
             abstract_batch(bucket, page_size),
             jax.ShapeDtypeStruct((bucket.seqs, self.config.vocab_size), jnp.float32),
             jax.eval_shape(jax.random.key, 0),
@@ -100,7 +116,7 @@ class Programs:
             jitted = jax.jit(
                 function,
                 static_argnames=("config", *static),
-                donate_argnames="cache" if function is not steps.score else None,
+                donate_argnames="cache" if function in (steps.prefill, steps.decode) else None,
             )
             self.compiled[key] = jitted.lower(*abstract_args, config=self.config, **static).compile()
         return self.compiled[key]
@@ -108,9 +124,17 @@ class Programs:
     def _params(self) -> Params:
         return abstract_params(self.config, self.dtype)
 
-    def _cache(self, num_pages: int, page_size: int) -> Any:
+    def _cache(self, num_pages: int, page_size: int, cache_dtype: jax.typing.DTypeLike | None) -> Any:
+        dtype = check_cache_dtype(cache_dtype, self.dtype)
+        ones = jnp.ones((self.config.num_layers, self.config.num_kv_heads))
         return jax.eval_shape(
-            lambda: init_cache(self.config, num_pages=num_pages, page_size=page_size, dtype=self.dtype)
+            lambda: init_cache(
+                self.config,
+                num_pages=num_pages,
+                page_size=page_size,
+                dtype=dtype,
+                kv_scales=KVScales(ones, ones) if is_quantized(dtype) else None,
+            )
         )
 
 

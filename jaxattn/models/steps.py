@@ -10,10 +10,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxattn.batch import RaggedBatch, advance
+from jaxattn.cache import quantization_scale
 from jaxattn.metadata import prepare_metadata
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import Cache, Params, forward, unembed
 from jaxattn.models.sampling import sample
+from jaxattn_kernels.arrays import KVScales
 
 NO_STOP_TOKEN = -1
 
@@ -27,6 +29,21 @@ def score(
     return unembed(params, hidden)
 
 
+def calibrate(
+    params: Params, batch: RaggedBatch, *, config: DecoderConfig, cache_dtype: str, implementation: str
+) -> KVScales:
+    """Scales `[L, K]` with which a packed batch's largest keys and values are the largest stored numbers."""
+    metadata = prepare_metadata(batch, config.layer_specs())
+    _, packed = forward(params, config, batch.token_ids, metadata, implementation=implementation)
+    is_real = (jnp.arange(batch.bucket.tokens) < metadata.num_tokens)[:, None, None]
+
+    def scales(layers: tuple[Array, ...]) -> Float[Array, "L K"]:
+        return jnp.stack([quantization_scale(jnp.where(is_real, x, 0), cache_dtype) for x in layers])
+
+    keys, values = zip(*packed, strict=True)
+    return KVScales(scales(keys), scales(values))
+
+
 def step(
     params: Params,
     cache: Cache,
@@ -38,11 +55,8 @@ def step(
 ) -> tuple[Float[Array, "rows V"], Cache]:
     """One step over a paged batch: the logits of each row's last token, and the cache."""
     metadata = prepare_metadata(batch, config.layer_specs())
-    hidden, new_cache = forward(
-        params, config, batch.token_ids, metadata, cache, implementation=implementation
-    )
-    assert new_cache is not None
-    return unembed(params, hidden[metadata.logits_indices[:num_rows]]), new_cache
+    hidden, cache = forward(params, config, batch.token_ids, metadata, cache, implementation=implementation)
+    return unembed(params, hidden[metadata.logits_indices[:num_rows]]), cache
 
 
 def prefill(

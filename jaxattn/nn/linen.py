@@ -91,7 +91,7 @@ class Attention(nn.Module):
         sinks = None
         if spec.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (spec.num_q_heads,), self.param_dtype)
-        out, new_cache = attend_layer(
+        out, written = attend_layer(
             q, k, v, metadata, spec, cache, sinks=sinks, implementation=self.implementation
         )
         y = nn.DenseGeneral(
@@ -102,4 +102,4 @@ class Attention(nn.Module):
             name="out",
             **options,
         )(out)
-        return y if new_cache is None else (y, new_cache)
+        return (y, written) if isinstance(written, PagedKVCache) else y

@@ -106,8 +106,8 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         sinks = None if self.sinks is None else self.sinks[...]
-        out, new_cache = attend_layer(
+        out, written = attend_layer(
             q, k, v, metadata, self.spec, cache, sinks=sinks, implementation=self.implementation
         )
         y = self.out(out)
-        return y if new_cache is None else (y, new_cache)
+        return (y, written) if isinstance(written, PagedKVCache) else y

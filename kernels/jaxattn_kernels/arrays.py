@@ -88,8 +88,8 @@ class KVScales(NamedTuple):
     """What a stored number of a quantised cache stands for, per key head: the number times its scale.
 
     Attributes:
-        k: `[K]` float32 Scale of the keys.
-        v: `[K]` float32 Scale of the values.
+        k: `[K]` float32 Scale of the keys; of all layers of a model `[L, K]`.
+        v: The same for values.
     """
 
     k: jax.Array

@@ -10,11 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from deviceless import TARGETS, Kernel, compile_for
+from deviceless import H200, OPTIMISED, TARGETS, Kernel, compile_for, lower_for
 from resources import check
 from test_sass import MAIN, PRODUCTS, Case, resources_by_key, stays_in_registers
 
+from jaxattn.attention import attention
+from jaxattn.batch import abstract_batch
+from jaxattn.buckets import Bucket
 from jaxattn.consumers import KEY_BLOCK, triton_tiling
+from jaxattn.metadata import prepare_metadata
 from jaxattn.spec import AttentionSpec
 from jaxattn_kernels.arrays import (
     Attended,
@@ -115,3 +119,27 @@ def test_main_configurations_use_the_hardware(case):
         assert "mma.sync" in instructions or PRODUCTS[case.target] in instructions, name
         assert "16-byte cp.async" in instructions, name
     check(found)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+def test_peak_memory_grows_linearly(implementation):
+    """Four times the tokens take four times the memory, there and back: no [T, S] array."""
+    spec = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64)
+
+    def peak(tokens: int) -> int:
+        def go_back(q, k, v, batch):
+            def loss(q, k, v):
+                metadata = prepare_metadata(batch, spec)
+                out = attention(q, k, v, metadata, spec, implementation=implementation)
+                return out.astype(jnp.float32).sum()
+
+            return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+        q, k = (jax.ShapeDtypeStruct((tokens, n, 64), jnp.bfloat16) for n in (8, 2))
+        batch = abstract_batch(Bucket(tokens=tokens, seqs=4))
+        program = lower_for(H200, go_back, q, k, k, batch).compile(compiler_options=OPTIMISED)
+        return program.memory_analysis().temp_size_in_bytes
+
+    small, large = peak(2048), peak(8192)
+    assert large < 4.2 * small
+    assert large < 8192 * 8192  # one byte per score of one head

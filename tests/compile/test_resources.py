@@ -26,7 +26,7 @@ def test_the_document_holds_the_table_of_today():
 
 def test_the_table_holds_every_case_that_is_compared_and_no_other():
     keys = [
-        *(test_sass.key_of(case, "") for case in test_sass.MAIN),
+        *(test_sass.key_of(case, "") for case in (*test_sass.MAIN, *test_sass.MAIN_QUANTIZED)),
         *(
             key
             for target, tests in ((H200, test_mosaic_sass), (B200, test_blackwell_sass))

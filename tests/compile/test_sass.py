@@ -164,6 +164,13 @@ MAIN = [
     for target in PRODUCTS
 ]
 """The configurations most models use; what they take stands in `resources.json`."""
+MAIN_QUANTIZED = [
+    Case(target, group_size=4, head_dim=128, kv_dtype=kv_dtype)
+    for kv_dtype in ("int8", "float8_e4m3fn")
+    for target in PRODUCTS
+    if (kv_dtype, target) != ("float8_e4m3fn", A100)  # it cannot read them
+]
+"""The same with quantised caches."""
 
 
 def resources_by_key(case: Case, kernels: list[Kernel]) -> dict[Key, Resources]:
@@ -194,4 +201,16 @@ def test_main_configurations_use_the_hardware(case):
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", ptx)
         assert set(copies) == {"10"}, "keys and values are copied asynchronously, 16 bytes at a time"
         assert not re.search(r"ld\.global\S*\.[bu](8|16)\b", ptx), "a narrow load"
+    check(found)
+
+
+@pytest.mark.parametrize("case", MAIN_QUANTIZED, ids=str)
+def test_quantised_caches_use_the_hardware(case):
+    compiled = compile_case(case)
+    found = resources_by_key(case, compiled)
+    takes = {key.kernel: value for key, value in found.items()}
+    assert takes.keys() == {"merge_attention_q16", "ragged_attention_q16", "ragged_attention_q64"}
+    assert all(stays_in_registers(k) for k in compiled)
+    assert "mma.sync" in takes["ragged_attention_q16"].instructions
+    assert PRODUCTS[case.target] in takes["ragged_attention_q64"].instructions
     check(found)
