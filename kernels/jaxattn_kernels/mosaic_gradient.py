@@ -570,7 +570,7 @@ def _consume_rows(
         page_size: Tokens per page, or None for packed keys.
     """
     dtype, sizes, layout = refs.q.dtype, program.sizes, program.layout
-    own = smem.first, smem.second
+    rows, tiles, *wide_rows = zip(smem.first, smem.second, strict=True)  # each of keys, and of values
     start, end_key = refs.start[unit.tile], unit.q_start + unit.q_len
     first_key = unit.q_start + me * ROWS
     copy_rows = _keys_per_copy(page_size)
@@ -579,16 +579,16 @@ def _consume_rows(
     def _(n):
         begin = n * copy_rows
         source = source_row(page_size, refs.pages, first_key + begin, start, unit.q_start, end_key)
-        for ref, (rows, *_) in zip((refs.k, refs.v), own, strict=True):
+        for ref, place in zip((refs.k, refs.v), rows, strict=True):
             plgpu.copy_gmem_to_smem(
                 ref.at[pl.ds(source, copy_rows), pl.ds(head, 1)],
-                token_rows(program, rows.at[me], begin, copy_rows),
+                token_rows(program, place.at[me], begin, copy_rows),
                 barriers.rows_ready.at[me],
             )
 
     plgpu.barrier_wait(barriers.rows_ready.at[me])
-    for rows, tiles, *_ in own:
-        tiles[me] = load_rows(program, rows.at[me])
+    for arrived, place in zip(rows, tiles, strict=True):
+        place[me] = load_rows(program, arrived.at[me])
     plgpu.commit_smem()
 
     def load_numbers(ref):
@@ -624,7 +624,7 @@ def _consume_rows(
         # `me`, but the compiler cannot know so: it would compute the addresses of every part of both tiles
         # before the loop, and spill them.
         mine = me + jnp.minimum(ranges[1, 0], 0)
-        k, v = (tiles.at[mine] for rows, tiles, *wide_rows in own)
+        k, v = (place.at[mine] for place in tiles)
         (scores,) = products(program, (k, q))
         shape = scores.shape
         weights, sloped = _weights(program, scores, _down(load_numbers(numbers.at[0]), shape))
@@ -638,13 +638,12 @@ def _consume_rows(
 
     dk, dv = lax.fori_loop(0, unit.num_blocks, add_rows, (_zeros(program), _zeros(program)))
     num_keys = jnp.clip(end_key - first_key, 0, ROWS)
-    place = start * (page_size or 1) + first_key
-    for (rows, tiles, *wide_rows), values, ref in zip(
-        own, (dk * program.scale, dv), (refs.dk, refs.dv), strict=True
-    ):
+    row = start * (page_size or 1) + first_key
+    leaving = zip((*wide_rows, rows)[0], (dk * program.scale, dv), (refs.dk, refs.dv), strict=True)
+    for place, values, ref in leaving:
         write_tokens(
-            program, (*wide_rows, rows)[0].at[me], num_keys, _writer(program, values),
-            lambda i, n, columns, ref=ref: ref.at[pl.ds(place + i, n), pl.ds(head, 1), columns],
+            program, place.at[me], num_keys, _writer(program, values),
+            lambda i, n, columns, ref=ref: ref.at[pl.ds(row + i, n), pl.ds(head, 1), columns],
         )  # fmt: skip
 
 
