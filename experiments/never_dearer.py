@@ -72,7 +72,7 @@ BUCKETS = {
 
 PAGE_SIZE = 16
 TABLE_WIDTH = 16
-READERS = ("reference", "xla", "triton", "triton_gradient", "mosaic")
+READERS = ("reference", "xla", "triton", "triton_gradient", "mosaic", "mosaic_gradient")
 
 
 def window_classes(layers: Layers) -> Layers:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import AttentionMetadata, AttentionSpec, RaggedBatch
-from jaxattn.consumers import KEY_BLOCK, mosaic_tiling, triton_tiling, xla_tiling
+from jaxattn.consumers import KEY_BLOCK, MOSAIC_KEY_BLOCK, mosaic_tiling, triton_tiling, xla_tiling
 from jaxattn.schedule import Tiling
 from jaxattn.spec import Visibility, WindowClass
 
@@ -272,20 +272,33 @@ def mosaic_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
 def triton_gradient_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
     """What `jaxattn.triton_gradient` reads."""
     specs = tuple(specs)
-    found, tokens = triton_arrays(batch, specs), _tokens(batch)
+    return _with_key_tiles(triton_arrays(batch, specs), batch, specs, KEY_BLOCK)
+
+
+def mosaic_gradient_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
+    """What `jaxattn.mosaic_gradient` reads."""
+    specs = tuple(specs)
+    return _with_key_tiles(mosaic_arrays(batch, specs), batch, specs, MOSAIC_KEY_BLOCK)
+
+
+def _with_key_tiles(
+    found: Arrays, batch: RaggedBatch, specs: tuple[AttentionSpec, ...], block_k: int
+) -> Arrays:
+    """What is found, and tiles of `block_k` keys besides."""
+    tokens = _tokens(batch)
     lens = batch.kv_lens if batch.page_size is None else _room(batch)
-    W = _most_tiles(_keys(batch), batch.bucket.seqs, KEY_BLOCK, 1)
-    ends = jnp.cumsum((lens + KEY_BLOCK - 1) // KEY_BLOCK, dtype=jnp.int32)
+    W = _most_tiles(_keys(batch), batch.bucket.seqs, block_k, 1)
+    ends = jnp.cumsum((lens + block_k - 1) // block_k, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
     tile = _count(W)
     live = tile < ends[-1]
     seq = jnp.where(live, _segments(ends, W), 0)
-    first = jnp.where(live, (tile - starts[seq]) * KEY_BLOCK, 0)
-    end = jnp.where(live, jnp.minimum(first + KEY_BLOCK, lens[seq]), 0)
+    first = jnp.where(live, (tile - starts[seq]) * block_k, 0)
+    end = jnp.where(live, jnp.minimum(first + block_k, lens[seq]), 0)
     own = starts.at[tokens.seq].get(mode="fill", fill_value=W)
     for i in range(len(specs)):
-        begins = own + found[f"kv_start/{i}"] // KEY_BLOCK
-        past = own + (found[f"kv_end/{i}"] + KEY_BLOCK - 1) // KEY_BLOCK
+        begins = own + found[f"kv_start/{i}"] // block_k
+        past = own + (found[f"kv_end/{i}"] + block_k - 1) // block_k
         tiles = {"seq": seq, "kv_start": first, "kv_end": end, "num_live": ends[-1]}
         tiles |= {"q_start": _segments(past, W), "q_end": _segments(begins, W)}
         found |= {f"keys.{name}/{i}": array for name, array in tiles.items()}
@@ -323,13 +336,16 @@ TILINGS = {
     "triton": triton_tiling,
     "triton_gradient": triton_tiling,
     "mosaic": mosaic_tiling,
+    "mosaic_gradient": mosaic_tiling,
 }
+KEY_BLOCKS = {"triton_gradient": KEY_BLOCK, "mosaic_gradient": MOSAIC_KEY_BLOCK}
 SPECIALISED: dict[str, Callable[[RaggedBatch, Iterable[AttentionSpec]], Arrays]] = {
     "reference": reference_arrays,
     "xla": xla_arrays,
     "triton": triton_arrays,
     "triton_gradient": triton_gradient_arrays,
     "mosaic": mosaic_arrays,
+    "mosaic_gradient": mosaic_gradient_arrays,
     "write_cache": write_cache_arrays,
     "decoder": decoder_arrays,
 }
@@ -366,8 +382,8 @@ def read_by(consumer: str, metadata: AttentionMetadata, specs: Iterable[Attentio
             found |= {} if tiles.order is None else {f"{kind}.order/{i}": tiles.order}
             if tiles.split is not None:
                 found |= {f"{kind}.split.{name}/{i}": getattr(tiles.split, name) for name in SPLIT}
-        if consumer == "triton_gradient":
-            keys = visible.key_tiles_of(KEY_BLOCK)
+        if consumer in KEY_BLOCKS:
+            keys = visible.key_tiles_of(KEY_BLOCKS[consumer])
             found |= {f"keys.{name}/{i}": getattr(keys, name) for name in KEYS}
     return found
 

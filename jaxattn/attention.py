@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxattn import gradients, mosaic, reference, triton, triton_gradient, xla, xla_gradient
+from jaxattn import (
+    gradients,
+    mosaic,
+    mosaic_gradient,
+    reference,
+    triton,
+    triton_gradient,
+    xla,
+    xla_gradient,
+)
 from jaxattn.batch import INT32_MAX
 from jaxattn.cache import QUANTIZED_DTYPES, check_scales, is_quantized
 from jaxattn.choice import Choice, choose, describe_device
@@ -30,9 +39,9 @@ IMPLEMENTATIONS = {
 GRADIENTS: dict[str, gradients.Backward] = {
     "xla": xla_gradient.attend_backward,
     "triton": triton_gradient.attend_backward,
-    "mosaic": triton_gradient.attend_backward,
+    "mosaic": mosaic_gradient.attend_backward,
 }
-"""What goes backward through an implementation that JAX cannot differentiate."""
+"""What goes backward through an implementation that JAX cannot differentiate, if it can serve the layer."""
 
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
 _TRITON_MIN_CAPABILITY = 8.0
@@ -87,8 +96,9 @@ def attention(
     """Attention of a ragged batch over keys in a paged cache, or packed beside the queries.
 
     Differentiable in reverse mode with respect to `q`, `k`, `v` and `sinks`; of metadata that were prepared
-    for `consumers`, the Triton kernels' gradient reads those of "triton_gradient". `reference` is also
-    differentiable forward, and twice.
+    for `consumers`, the Triton kernels' gradient reads those of "triton_gradient", and Mosaic's those of
+    "mosaic_gradient". Where Mosaic has no gradient for a layer or a GPU, Triton's kernels go backward (see
+    `gradient_of`). `reference` is also differentiable forward, and twice.
 
     Args:
         q: `[T, N, H]` Queries of all sequences, packed along one axis.
@@ -145,7 +155,8 @@ def attention(
             )
         attend = functools.partial(attend, capability=capability)
     if implementation in GRADIENTS:
-        out, lse = gradients.attend(attend, GRADIENTS[implementation], spec, q, k, v, metadata, sinks, scales)
+        backward = GRADIENTS[gradient_of(implementation, spec, q.dtype, k.dtype, metadata.page_size, device)]
+        out, lse = gradients.attend(attend, backward, spec, q, k, v, metadata, sinks, scales)
     else:  # JAX differentiates it
         out, lse = attend(q, k, v, metadata, spec, sinks=sinks, kv_scales=scales)
     return (out, lse) if return_lse else out
@@ -221,6 +232,34 @@ def obstacle_to(
         capability = device.compute_capability or f"that of a {device.platform}"
         return mosaic.obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size, capability=capability)
     return None
+
+
+def gradient_of(
+    implementation: str,
+    spec: AttentionSpec,
+    dtype: jax.typing.DTypeLike,
+    kv_dtype: jax.typing.DTypeLike,
+    page_size: int | None,
+    device: Device,
+) -> str:
+    """Which of `GRADIENTS` goes backward through an implementation: its own, if that can serve the layer.
+
+    Triton's stands in for Mosaic's, which is for Hopper, and for head dims up to 128.
+
+    Args:
+        implementation: Its name.
+        spec: The layer.
+        dtype: Element type of the queries.
+        kv_dtype: That of keys and values.
+        page_size: Tokens per page; None for packed keys.
+        device: The device.
+    """
+    capability = device.compute_capability
+    if implementation == "mosaic" and mosaic_gradient.obstacle(
+        spec, dtype, kv_dtype, page_size, capability=capability
+    ):
+        return "triton"
+    return implementation
 
 
 def _names() -> str:

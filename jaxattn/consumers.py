@@ -71,7 +71,10 @@ def mosaic_tiling(spec: AttentionSpec) -> Tiling:
 
 
 KEY_BLOCK = 64
-"""Keys per tile of the transposed list, from which gradients of keys and values are computed."""
+"""Keys per tile of the transposed list, from which Triton computes gradients of keys and values."""
+
+MOSAIC_KEY_BLOCK = 128
+"""The same for the Mosaic kernels: 64 keys for each of two warpgroups."""
 
 _RANGES = frozenset({"kv_start", "kv_end"})
 _TILES = _RANGES | {"schedules"}
@@ -96,6 +99,14 @@ CONSUMERS = {
             _PAGES,
             frozenset({"cu_kv_lens"}),
             KEY_BLOCK,
+        ),
+        Consumer(
+            "mosaic_gradient",
+            _TILES | {"key_tiles"},
+            mosaic_tiling,
+            _PAGES,
+            frozenset({"cu_kv_lens"}),
+            MOSAIC_KEY_BLOCK,
         ),
         Consumer("write_cache", frozenset({"slot_mapping"})),
         Consumer("decoder", frozenset({"slot_mapping", "logits_indices", "rope_tables"})),

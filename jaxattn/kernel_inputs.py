@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.schedule import SplitPlan, Tiles, Tiling
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.arrays import KeyLookup, SplitArrays, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.arrays import (
+    Attended,
+    GradientInputs,
+    KeyLookup,
+    KeyTileArrays,
+    SplitArrays,
+    TileArrays,
+    TileList,
+    VisibleRange,
+)
 
 
 class KernelInputs(NamedTuple):
@@ -44,6 +56,67 @@ def kernel_inputs(metadata: AttentionMetadata, spec: AttentionSpec, tiling: Tili
         visible=VisibleRange(visible.kv_start, visible.kv_end),
         lookup=lookup,
         tile_lists=tuple(_tile_list(tiles) for tiles in visible.schedule(tiling).lists),
+    )
+
+
+class GradientWork(NamedTuple):
+    """What the kernels of a gradient take.
+
+    Attributes:
+        inputs: What they read.
+        tile_lists: Tiles of queries.
+        key_tiles: Tiles of keys.
+        num_rows: Rows of the gradients of keys and values (see `gradients.Gradients`).
+        key_dtype: Their dtype.
+    """
+
+    inputs: GradientInputs
+    tile_lists: tuple[TileList, ...]
+    key_tiles: KeyTileArrays
+    num_rows: int
+    key_dtype: Any
+
+
+def gradient_work(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    results: Attended,
+    d_results: Attended,
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    tiling: Tiling,
+    key_block: int,
+) -> GradientWork:
+    """What the kernels of a gradient take of a backward pass.
+
+    Args:
+        q: Queries, packed.
+        k: Keys, packed `[T, K, H]` or in pages `[pages, page_size, K, H]`.
+        v: Values, like the keys.
+        results: Outputs and log-sum-exp.
+        d_results: Their gradients.
+        metadata: The batch's metadata.
+        spec: The layer.
+        tiling: How the kernel wants the query axis cut.
+        key_block: Keys per tile of keys.
+
+    Raises:
+        MissingFieldError: If `prepare_metadata` was not asked for the tiles.
+    """
+    visible, lookup, tile_lists = kernel_inputs(metadata, spec, tiling)
+    found = metadata.visible_keys(spec.window_class).key_tiles_of(key_block)
+    flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (k, v))
+    page_size = metadata.page_size
+    return GradientWork(
+        GradientInputs(visible, lookup, q, flat_k, flat_v, results, d_results),
+        tile_lists,
+        KeyTileArrays(
+            found.seq, found.kv_start, found.kv_end, found.q_start, found.q_end, found.num_live[None]
+        ),
+        num_rows=k.shape[0] if page_size is None else metadata.page_list.shape[0] * page_size,
+        # Sums over sequences that share a page are still to come.
+        key_dtype=k.dtype if page_size is None else jnp.float32,
     )
 
 

@@ -116,7 +116,7 @@ class VisibleKeys(Prepared):
         have = [tiles.block_k for tiles in self.key_tiles]
         raise MissingFieldError(
             f"field 'key_tiles' holds none of {block_k} keys for {self.window_class}, only {have}; "
-            "give prepare_metadata the layer's spec and the consumer 'triton_gradient'"
+            "give prepare_metadata the layer's spec and a consumer of them, such as 'triton_gradient'"
         )
 
     def schedule(self, tiling: Tiling) -> TileSchedule:

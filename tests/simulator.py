@@ -52,6 +52,7 @@ def inputs(
     bucket: Bucket = SMALL,
     *,
     slots: int | None = SLOTS,
+    readers: tuple[str, ...] = ("mosaic", "xla"),
 ):
     """Queries, keys, values and metadata; whatever belongs to nobody is NaN."""
     if page_size is None:
@@ -63,7 +64,7 @@ def inputs(
         bucket = dataclasses.replace(bucket, pages=len(k))
         batch = nest_workload(problem.workload, page_tables=tables, page_size=page_size, bucket=bucket)
     q, k, v = (jnp.asarray(x, dtype) for x in (problem.packed(problem.q, bucket.tokens), k, v))
-    return q, k, v, prepare_metadata(batch, spec, consumers=("mosaic", "xla"))
+    return q, k, v, prepare_metadata(batch, spec, consumers=readers)
 
 
 @functools.lru_cache(maxsize=4)
@@ -184,9 +185,10 @@ def mark(kernel: Any, role: str, barriers: tuple[str, ...], monkeypatch) -> None
     """Let one role of a kernel have marked barriers."""
     real_role = getattr(kernel, role)
 
-    def act(*args):
+    def act(*args, **options):
         *others, real = args
-        real_role(*others, real._replace(**{name: Marked(getattr(real, name)) for name in barriers}))
+        marked = real._replace(**{name: Marked(getattr(real, name)) for name in barriers})
+        real_role(*others, marked, **options)
 
     monkeypatch.setattr(kernel, role, act)
 
@@ -202,6 +204,29 @@ def forget_to_wait(kernel: Any, role: str, barrier: str, monkeypatch) -> None:
     monkeypatch.setattr(plgpu, "barrier_wait", lambda b: None if isinstance(b, Marked) else wait(b))
     monkeypatch.setattr(plgpu, "barrier_arrive", lambda b: arrive(real(b)))
     monkeypatch.setattr(plgpu, "copy_gmem_to_smem", lambda source, place, b: copy(source, place, real(b)))
+
+
+def release_too_early(kernel: Any, role: str, ready: str, free: str, monkeypatch) -> None:
+    """Consumers release a stage when it has arrived, before they have read it."""
+    real_wait, real_arrive = plgpu.barrier_wait, plgpu.barrier_arrive
+    real_consume = getattr(kernel, role)
+    free_of = {}
+
+    def consume(*args, **options):
+        free_of["stage"] = getattr(args[-1], free).real
+        real_consume(*args, **options)
+
+    def wait(barrier):
+        if not isinstance(barrier, Marked):
+            return real_wait(barrier)
+        real_wait(barrier.real)
+        (index,) = barrier.real.transforms[-1].indices
+        return real_arrive(free_of["stage"].at[index])
+
+    monkeypatch.setattr(kernel, role, consume)
+    mark(kernel, role, (ready, free), monkeypatch)
+    monkeypatch.setattr(plgpu, "barrier_wait", wait)
+    monkeypatch.setattr(plgpu, "barrier_arrive", lambda b: None if isinstance(b, Marked) else real_arrive(b))
 
 
 def forget_to_call(name: str, monkeypatch) -> None:
@@ -227,9 +252,14 @@ def races(attend: Callable[[], Any], caplog, capsys) -> bool:
     return "RACE DETECTED" in caplog.text + capsys.readouterr().out
 
 
-def count_kernels(attend: Callable[..., Any], spec: AttentionSpec, page_size: int | None) -> int:
+def count_kernels(
+    attend: Callable[..., Any],
+    spec: AttentionSpec,
+    page_size: int | None,
+    readers: tuple[str, ...] = ("mosaic",),
+) -> int:
     """Kernels in the program that is exported for a GPU."""
-    args = inputs(Problem.draw(ODD[0], spec), spec, page_size, "bfloat16")
+    args = inputs(Problem.draw(ODD[0], spec), spec, page_size, "bfloat16", readers=readers)
     function = jax.jit(functools.partial(attend, spec=spec, sinks=sinks_of(spec)))
     checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     exported = export.export(function, platforms=["cuda"], disabled_checks=checks)(*args)

@@ -79,7 +79,7 @@ def test_every_field_is_prepared_by_default():
     m = prepare_metadata(BATCH, SPEC, max_pages_per_seq=3)
     assert set(m.values) == set(fields_of(AttentionMetadata))
     assert set(m.visible[0].values) == set(fields_of(VisibleKeys))
-    assert len(jax.tree.leaves(m)) < 80  # a small pytree
+    assert len(jax.tree.leaves(m)) < 90  # a small pytree
 
 
 def test_consumers_read_fields_that_exist():

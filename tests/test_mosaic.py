@@ -6,16 +6,13 @@ What only the hardware refuses is tested in `compile/test_mosaic_sass.py`.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from oracle import Problem
 from simulator import (
     REPORTED,
-    Marked,
     check,
     check_what_does_not_change_a_bit,
     count_kernels,
@@ -24,8 +21,8 @@ from simulator import (
     forget_to_wait_for_copies,
     inputs,
     layer,
-    mark,
     races,
+    release_too_early,
     simulated,
     split_at,
 )
@@ -113,39 +110,16 @@ def test_a_number_of_tokens_that_no_tile_divides():
     np.testing.assert_allclose(np.asarray(got, np.float64), problem.expected(spec), atol=5e-3)
 
 
-def release_too_early(ready: str, free: str, monkeypatch) -> None:
-    """Consumers release a stage when it has arrived, before they have read it."""
-    real_wait, real_arrive = plgpu.barrier_wait, plgpu.barrier_arrive
-    real_consume: Any = kernel._consume
-    free_of = {}
-
-    def consume(*args):
-        free_of["stage"] = getattr(args[-1], free).real
-        real_consume(*args)
-
-    def wait(barrier):
-        if not isinstance(barrier, Marked):
-            return real_wait(barrier)
-        real_wait(barrier.real)
-        (index,) = barrier.real.transforms[-1].indices
-        return real_arrive(free_of["stage"].at[index])
-
-    monkeypatch.setattr(kernel, "_consume", consume)
-    mark(kernel, "_consume", (ready, free), monkeypatch)
-    monkeypatch.setattr(plgpu, "barrier_wait", wait)
-    monkeypatch.setattr(plgpu, "barrier_arrive", lambda b: None if isinstance(b, Marked) else real_arrive(b))
-
-
 # Each with the queries and keys that show it: a stage is used twice, or once. A single query's are split.
 MISTAKES = {
     "none": (lambda monkeypatch: None, 70, 320),
     "keys are released before they are read": (
-        functools.partial(release_too_early, "k_ready", "k_free"),
+        functools.partial(release_too_early, kernel, "_consume", "k_ready", "k_free"),
         70,
         320,
     ),
     "values are released before they are read": (
-        functools.partial(release_too_early, "v_ready", "v_free"),
+        functools.partial(release_too_early, kernel, "_consume", "v_ready", "v_free"),
         70,
         320,
     ),

@@ -118,3 +118,25 @@ class Attended(NamedTuple):
 
     out: jax.Array
     lse: jax.Array
+
+
+class GradientInputs(NamedTuple):
+    """What the kernels of a gradient read.
+
+    Attributes:
+        visible: Which keys each token sees.
+        lookup: Where a sequence's keys lie.
+        q: `[T, N, H]` Queries, packed.
+        k: `[S, K, H]` Keys on one flat axis, packed or pages one after the other, in the dtype of `q`.
+        v: `[S, K, H]` Values, like the keys.
+        results: Outputs in the dtype of `q`, and the log-sum-exp, a natural logarithm.
+        d_results: Their gradients, in the same dtypes.
+    """
+
+    visible: VisibleRange
+    lookup: KeyLookup
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    results: Attended
+    d_results: Attended

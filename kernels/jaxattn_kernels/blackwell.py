@@ -265,7 +265,7 @@ def _attend(
     block_k, H, me = program.sizes.block_k, program.head_dim, 0
     rows, *partial_rows = smem.rows
     row_start, row_end = row_ranges(program, unit, me, refs)
-    fetch_queries(program, unit, head, me, refs, rows, barriers.q_copied)
+    fetch_queries(program, unit, head, me, barriers.q_copied, (refs.q, rows))
     for part in _parts(H):
         plgpu.async_store_tmem(tmem.q.at[:, part], load_rows(program, rows.at[..., part]))
     plgpu.commit_tmem()

@@ -201,7 +201,7 @@ def _consume(
     rows, q_smem, *partial_rows = (ref.at[me] for ref in smem.rows_or_q)
     row_start, row_end = row_ranges(program, unit, me, refs)
 
-    fetch_queries(program, unit, head, me, refs, rows, barriers.q_ready.at[me])
+    fetch_queries(program, unit, head, me, barriers.q_ready.at[me], (refs.q, rows))
     q_smem[...] = load_rows(program, rows)
     plgpu.commit_smem()
 
@@ -214,7 +214,7 @@ def _consume(
         acc, row_max, total = state
         stage, j = lax.rem(i, jnp.int32(sizes.num_stages)), unit.begin + i
         plgpu.barrier_wait(barriers.k_ready.at[stage])
-        s = _scores(program, q_smem, smem.k.at[stage], while_running=take_turns)
+        (s,) = products(program, (q_smem, smem.k.at[stage]), while_running=take_turns)
         plgpu.barrier_arrive(barriers.k_free.at[stage])
         s = logits(program, s)
         sees_all = (unit.all_begin <= j) & (j < unit.all_end)
@@ -233,7 +233,7 @@ def _consume(
         clear_strangers(program, unit, smem.v.at[stage], j, mine=me == 0)
         if program.num_consumers == 2:
             plgpu.barrier_wait(barriers.turn)
-        acc = _add_values(program, acc, p.astype(refs.q.dtype), smem.v.at[stage])
+        (acc,) = add_products(program, (acc, p.astype(refs.q.dtype), smem.v.at[stage]))
         plgpu.barrier_arrive(barriers.v_free.at[stage])
         return acc, new_max, total
 
@@ -257,26 +257,42 @@ def _consume(
     store_results(program, u, unit, head, me, refs, (rows, *partial_rows), lse, write)
 
 
-def _scores(program: KernelProgram, q_smem, k_smem, while_running: Callable[[], None]) -> jax.Array:
-    """`q @ k.T`, `[ROWS, block_k]`, and something to do while the tensor cores are at it."""
+def products(
+    program: KernelProgram, *pairs: tuple[Any, Any], while_running: Callable[[], None] = lambda: None
+) -> tuple[jax.Array, ...]:
+    """`a @ b.T` of pairs of operands that lie in shared memory, `[ROWS, rows of b]`.
+
+    Args:
+        program: What is static.
+        *pairs: The operands, `[ROWS, H]` and `[rows, H]`.
+        while_running: Something to do while the tensor cores are at it.
+    """
     if program.interpreted:
         while_running()
-        return _simulated_product(q_smem[...], k_smem[...].T)
+        return tuple(_simulated_product(a[...], b[...].T) for a, b in pairs)
 
-    def product(acc_ref):
-        plgpu.wgmma(acc_ref, q_smem, k_smem.transpose((1, 0)))
+    def multiply(*results):
+        for result, (a, b) in zip(results, pairs, strict=True):
+            plgpu.wgmma(result, a, b.transpose((1, 0)))
         while_running()
-        return acc_ref[...]
+        return tuple(result[...] for result in results)
 
-    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, program.sizes.block_k), jnp.float32))
+    return pl.run_scoped(
+        multiply, *(plgpu.WGMMAAccumulatorRef((ROWS, b.shape[0]), jnp.float32) for _, b in pairs)
+    )
 
 
-def _add_values(program: KernelProgram, acc: jax.Array, p: jax.Array, v_smem) -> jax.Array:
-    """`acc + p @ v`, in place: p and acc lie in registers."""
+def add_products(program: KernelProgram, *terms: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, ...]:
+    """`sum + a @ b`, in place, of each sum, a and b: sums and a lie in registers, b in shared memory."""
     if program.interpreted:
-        return acc + _simulated_product(p, v_smem[...])
-    in_place: Any = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, v_smem))
-    return in_place(plgpu.WGMMAAccumulatorRef.init(acc))
+        return tuple(total + _simulated_product(a, b[...]) for total, a, b in terms)
+
+    def add(totals):
+        for total, (_, a, b) in zip(totals, terms, strict=True):
+            plgpu.wgmma(total, a, b)
+
+    in_place: Any = pl.run_state(add)
+    return in_place(tuple(plgpu.WGMMAAccumulatorRef.init(total) for total, _, _ in terms))
 
 
 def _simulated_product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -129,7 +129,7 @@ def ragged_attention(
             sizes=config or kernel.config_for(num_consumers=num_consumers, head_dim=H),
         )
         lse_of_rows = _launch(kernel, program, q, k, v, visible, lookup, tile_list, sinks, out_ref, interpret)
-        lse = _lse_of_tokens(program, tile_list, lse_of_rows, lse)
+        lse = numbers_of_tokens(program, tile_list, lse_of_rows, lse)
     return Attended(jax.freeze(out_ref), lse)
 
 
@@ -148,7 +148,7 @@ def _launch(
 ) -> jax.Array:
     """Run one list of tiles: write into `out_ref`, and return the log-sum-exp of the rows."""
     consumers, K = program.num_consumers, k.shape[1]
-    plan, row_start, row_end = _plan(program, visible, lookup, tile_list)
+    plan, row_start, row_end = plan_units(program, visible, lookup, tile_list)
     num_units, num_tiles = plan.shape[0], row_end.shape[0]
 
     def result(*shape: int) -> Any:
@@ -189,7 +189,7 @@ def _launch(
     return jax.freeze(arguments.lse)
 
 
-def _plan(program: KernelProgram, visible, lookup, tile_list: TileList):
+def plan_units(program: KernelProgram, visible, lookup, tile_list: TileList):
     """Gather what programs read of the metadata, of each unit and of each tile's rows.
 
     Returns:
@@ -254,9 +254,18 @@ def _sinks_of_rows(program: KernelProgram, sinks: jax.Array) -> jax.Array:
     return jnp.pad(sinks, ((0, 1), (0, 0)), constant_values=NEG)
 
 
-def _lse_of_tokens(program: KernelProgram, tile_list: TileList, lse_of_rows, lse: jax.Array) -> jax.Array:
-    """`[T, N]` The log-sum-exp of the tokens of a list; that of other tokens is left as it is."""
-    tiles, (_, consumers, K, _), (T, N) = tile_list.tiles, lse_of_rows.shape, lse.shape
+def numbers_of_tokens(
+    program: KernelProgram, tile_list: TileList, of_rows: jax.Array, others: jax.Array
+) -> jax.Array:
+    """Numbers of rows, such as the log-sum-exp, as those of the tokens of a list.
+
+    Args:
+        program: What is static.
+        tile_list: The list.
+        of_rows: `[W, consumers, K, rows]` The numbers.
+        others: `[T, N]` Those of tokens that the list does not have.
+    """
+    tiles, (_, consumers, K, _), (T, N) = tile_list.tiles, of_rows.shape, others.shape
     token = jnp.arange(consumers * program.tokens, dtype=jnp.int32)[None, :]
     place = jnp.where(token < tiles.q_len[:, None], tiles.q_start[:, None] + token, T)
     consumer = jnp.arange(tiles.seq.shape[0], dtype=jnp.int32)[:, None] * consumers + token // program.tokens
@@ -265,4 +274,4 @@ def _lse_of_tokens(program: KernelProgram, tile_list: TileList, lse_of_rows, lse
     first_row = jnp.full((T,), -1, jnp.int32).at[place].set(first_row, mode="drop")[:, None]
     head = jnp.arange(N, dtype=jnp.int32)
     row = first_row + (head // program.group_size * program.rows + head % program.group_size)[None, :]
-    return jnp.where(first_row >= 0, lse_of_rows.reshape(-1).at[row].get(mode="clip"), lse)
+    return jnp.where(first_row >= 0, of_rows.reshape(-1).at[row].get(mode="clip"), others)

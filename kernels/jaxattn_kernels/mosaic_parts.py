@@ -246,7 +246,7 @@ def share(num_units: int, act: Callable[[Any], None]) -> None:
         pl.when(unit < num_units)(lambda: act(unit))
 
 
-def play(refs: Arguments, role: Callable[[Any, Unit], None]) -> None:
+def play(refs: Any, role: Callable[[Any, Unit], None]) -> None:
     """Play a role in each live unit of this program's, given its number and the unit."""
 
     @functools.partial(share, refs.plan.shape[0])
@@ -261,7 +261,32 @@ def one_memory(program: KernelProgram, *places: Any) -> Any:
     return places if program.interpreted else plgpu.RefUnion(*places)
 
 
-def produce(program: KernelProgram, unit: Unit, head, refs: Arguments, smem: Any, barriers: Any) -> None:
+def source_row(page_size: int | None, pages, key, base, begin, end):
+    """Where keys lie on the key axis, from a key on; past the last page of a tile, where that page lies.
+
+    Args:
+        page_size: Tokens per page, or None for packed keys.
+        pages: `[P]` Page list, or None.
+        key: The first key; at the beginning of a page, unless all of them lie in one.
+        base: The sequence's first entry in the page list, or the row of key 0.
+        begin: First key of the tile.
+        end: One past its last.
+    """
+    if page_size is None:
+        return base + key
+    page = jnp.clip(key // page_size, begin // page_size, (end - 1) // page_size)
+    return pages[base + page] * page_size + key % page_size
+
+
+def produce(
+    program: KernelProgram,
+    unit: Unit,
+    head,
+    refs: Any,
+    smem: Any,
+    barriers: Any,
+    beside: Iterable[tuple[Any, Any]] = (),
+) -> None:
     """Copy the unit's blocks of keys and values to shared memory, each as soon as its place is free.
 
     Pages past the sequence's own are not read: the last one is copied in their place, and masked.
@@ -270,25 +295,23 @@ def produce(program: KernelProgram, unit: Unit, head, refs: Arguments, smem: Any
         program: What is static.
         unit: The unit.
         head: The key head.
-        refs: Arguments.
+        refs: With `k`, `v` and `pages`.
         smem: With `k` and `v`, `[num_stages, block_k, H]`.
         barriers: With `k_ready`, `v_ready`, `k_free` and `v_free`, one per stage.
+        beside: What comes and goes with packed keys: numbers per key, `[..., S]`, and their places,
+            `[num_stages, ..., block_k]`.
     """
-    copy_rows, page_size = program.copy_rows, program.page_size
+    copy_rows, keys = program.copy_rows, (unit.key_base, unit.kv_start, unit.kv_end)
     block_k, num_stages = program.sizes.block_k, program.sizes.num_stages
-
-    def source_row(key):
-        """Where `copy_rows` keys lie on the key axis, the first of them given."""
-        if page_size is None:
-            return unit.key_base + key
-        page = jnp.clip(key // page_size, unit.kv_start // page_size, (unit.kv_end - 1) // page_size)
-        return refs.pages[unit.key_base + page] * page_size + key % page_size
 
     @pl.loop(0, unit.num_blocks)
     def _(i):
         stage = lax.rem(i, jnp.int32(num_stages))
         first = (unit.begin + i) * block_k
-        sources = [source_row(first + n * copy_rows) for n in range(program.copies)]
+        sources = [
+            source_row(program.page_size, refs.pages, first + n * copy_rows, *keys)
+            for n in range(program.copies)
+        ]
         for ref, place, ready, free in (
             (refs.k, smem.k, barriers.k_ready, barriers.k_free),
             (refs.v, smem.v, barriers.v_ready, barriers.v_free),
@@ -304,6 +327,11 @@ def produce(program: KernelProgram, unit: Unit, head, refs: Arguments, smem: Any
                     place.at[stage, pl.ds(n * copy_rows, copy_rows)],
                     ready.at[stage],
                 )
+        for ref, place in beside:
+            before = (slice(None),) * (len(ref.shape) - 1)
+            plgpu.copy_gmem_to_smem(
+                ref.at[*before, pl.ds(sources[0], block_k)], place.at[stage], barriers.k_ready.at[stage]
+            )
 
     # The program ends when nobody arrives at a barrier any more.
     @pl.loop(jnp.maximum(unit.num_blocks - num_stages, 0), unit.num_blocks)
@@ -311,6 +339,12 @@ def produce(program: KernelProgram, unit: Unit, head, refs: Arguments, smem: Any
         stage = lax.rem(i, jnp.int32(num_stages))
         plgpu.barrier_wait(barriers.k_free.at[stage])
         plgpu.barrier_wait(barriers.v_free.at[stage])
+
+
+def has_strangers(program: KernelProgram, unit: Unit, j) -> jax.Array:
+    """Whether block j has places that hold no key of the unit."""
+    first_key, block_k = j * program.sizes.block_k, program.sizes.block_k
+    return (first_key < unit.kv_start) | (unit.kv_end < first_key + block_k)
 
 
 def clear_strangers(program: KernelProgram, unit: Unit, v_smem, j, mine: Any = True) -> None:
@@ -327,9 +361,8 @@ def clear_strangers(program: KernelProgram, unit: Unit, v_smem, j, mine: Any = T
     """
     block_k, columns = program.sizes.block_k, program.tile_columns
     first_key, rows = j * block_k, 64  # as many rows as a layout that tiles can be loaded in
-    has_strangers = (first_key < unit.kv_start) | (unit.kv_end < first_key + block_k)
 
-    @pl.when(has_strangers & mine)
+    @pl.when(has_strangers(program, unit, j) & mine)
     def _():
         for row in range(0, block_k, rows):
             for column in range(0, program.head_dim, columns):
@@ -342,14 +375,24 @@ def clear_strangers(program: KernelProgram, unit: Unit, v_smem, j, mine: Any = T
         plgpu.commit_smem()
 
 
-def fetch_queries(program: KernelProgram, unit: Unit, head, me, refs: Arguments, rows, barrier) -> None:
-    """Copy a consumer's queries into its plain rows, and wait for them."""
+def fetch_queries(
+    program: KernelProgram, unit: Unit, head, me, barrier, *sources_and_rows: tuple[Any, Any]
+) -> None:
+    """Copy a consumer's queries, or what else is `[T, N, H]`, into its plain rows, and wait for them.
+
+    Args:
+        program: What is static.
+        unit: The unit.
+        head: The key head.
+        me: Number of the consumer.
+        barrier: For as many arrivals as there are copies.
+        *sources_and_rows: What is copied, and where to.
+    """
+    tokens = pl.ds(unit.q_start + me * program.tokens, program.tokens)
     heads = pl.ds(head * program.group_size, program.group_size)
-    plgpu.copy_gmem_to_smem(
-        refs.q.at[pl.ds(unit.q_start + me * program.tokens, program.tokens), heads],
-        token_rows(program, rows, 0, program.tokens),
-        barrier,
-    )
+    for source, rows in sources_and_rows:
+        place = token_rows(program, rows, 0, program.tokens)
+        plgpu.copy_gmem_to_smem(source.at[tokens, heads], place, barrier)
     plgpu.barrier_wait(barrier)
 
 
@@ -368,13 +411,15 @@ def row_numbers(program: KernelProgram, ref) -> jax.Array:
     return plgpu.load(ref, layout=program.layout.reduce(1), optimized=False)
 
 
-def mask(program: KernelProgram, s: jax.Array, first_key, row_start, row_end) -> jax.Array:
+def mask(
+    program: KernelProgram, s: jax.Array, first_key, row_start, row_end, otherwise: float = NEG
+) -> jax.Array:
     """Scores, those of keys that a row does not see replaced."""
     key = first_key + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=program.layout)
     sees = key < across(row_end, s.shape)
     if row_start is not None:
         sees &= across(row_start, s.shape) <= key
-    return jnp.where(sees, s, NEG)
+    return jnp.where(sees, s, otherwise)
 
 
 def across(row_values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -453,7 +498,7 @@ def store_results(
         lse: `[rows]` Log-sum-exp in base 2.
         write: `write(place, first)` writes as many columns of the outputs as a place has, from the first on.
     """
-    heads, half = pl.ds(head * program.group_size, program.group_size), program.head_dim // 2
+    heads = pl.ds(head * program.group_size, program.group_size)
     first_token = me * program.tokens
     num_tokens = jnp.clip(unit.q_len - first_token, 0, program.tokens)
     rows, *partial_rows = places
@@ -461,9 +506,10 @@ def store_results(
     @pl.when(unit.is_whole == 1)
     def _():
         store(refs.lse.at[unit.tile, me, head], lse / LOG2E)
-        write(rows, 0)
         begin = unit.q_start + first_token
-        copy_tokens(program, rows, num_tokens, lambda i, n: refs.out.at[pl.ds(begin + i, n), heads])
+        write_tokens(
+            program, rows, num_tokens, write, lambda i, n, some: refs.out.at[pl.ds(begin + i, n), heads, some]
+        )
 
     if refs.partial is None:
         return
@@ -472,13 +518,10 @@ def store_results(
     def _():
         (place,), partial = partial_rows, refs.partial.out
         store(refs.partial.lse.at[u, me, head], lse)
-        for first in (0, half):  # numbers of 32 bits in the memory of as many of 16
-            write(place, first)
-            columns = pl.ds(first, half)
-            copy_tokens(
-                program, place, num_tokens,
-                lambda i, n, columns=columns: partial.at[u, pl.ds(first_token + i, n), heads, columns],
-            )  # fmt: skip
+        write_tokens(
+            program, place, num_tokens, write,
+            lambda i, n, some: partial.at[u, pl.ds(first_token + i, n), heads, some],
+        )  # fmt: skip
 
 
 def load_rows(program: KernelProgram, rows) -> jax.Array:
@@ -504,6 +547,32 @@ def token_rows(program: KernelProgram, rows, first, num_tokens: int):
         return rows.at[pl.ds(first, num_tokens)]
     G = program.group_size
     return rows.at[pl.ds(first * G, num_tokens * G)].reshape(num_tokens, G, rows.shape[-1])
+
+
+def write_tokens(
+    program: KernelProgram,
+    place,
+    num_tokens,
+    write: Callable[[Any, int], None],
+    destination: Callable[[Any, int, Any], Any],
+) -> None:
+    """Let the first tokens of a consumer leave by way of plain rows.
+
+    Args:
+        program: What is static.
+        place: Plain rows, of all columns, or of half of them: of numbers of 32 bits in the memory of as many
+            of 16.
+        num_tokens: How many tokens.
+        write: `write(place, first)` writes as many columns of the rows as a place has, from the first on.
+        destination: `destination(first, number, columns)` is where tokens go.
+    """
+    width = place.shape[-1]
+    for first in range(0, program.head_dim, width):
+        write(place, first)
+        columns = pl.ds(first, width)
+        copy_tokens(
+            program, place, num_tokens, lambda i, n, columns=columns: destination(i, n, columns)
+        )  # fmt: skip
 
 
 def copy_tokens(program: KernelProgram, rows, num_tokens, destination: Callable) -> None:

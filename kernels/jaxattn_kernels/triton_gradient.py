@@ -9,14 +9,14 @@ so equal inputs give equal bits. Weights are made anew from the log-sum-exp.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxattn_kernels.arrays import Attended, KeyLookup, KeyTileArrays, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.arrays import GradientInputs, KeyTileArrays, TileArrays, TileList
 from jaxattn_kernels.triton_parts import (
     LOG2E,
     KernelConfig,
@@ -63,30 +63,8 @@ def keys_config(*, head_dim: int, itemsize: int) -> KernelConfig:
     return KernelConfig(block_k=32 if is_large else 64, num_warps=8, num_stages=2, max_rows=32)
 
 
-class Inputs(NamedTuple):
-    """What both kernels read.
-
-    Attributes:
-        visible: Which keys each token sees.
-        lookup: Where a sequence's keys lie.
-        q: `[T, N, H]` Queries, packed.
-        k: `[S, K, H]` Keys on one flat axis, packed or pages one after the other, in the dtype of `q`.
-        v: `[S, K, H]` Values, like the keys.
-        results: Outputs in the dtype of `q`, and the log-sum-exp, a natural logarithm.
-        d_results: Their gradients, in the same dtypes.
-    """
-
-    visible: VisibleRange
-    lookup: KeyLookup
-    q: Any
-    k: Any
-    v: Any
-    results: Attended
-    d_results: Attended
-
-
 def queries_gradient(
-    inputs: Inputs,
+    inputs: GradientInputs,
     tile_lists: tuple[TileList, ...],
     *,
     page_size: int | None,
@@ -144,7 +122,7 @@ def _live_programs(num_tiles: int, programs_per_tile: int, work, num_live, *_) -
 
 
 def _queries_gradient(
-    program, work, num_live, inputs: Inputs, dq_ref, delta_ref,
+    program, work, num_live, inputs: GradientInputs, dq_ref, delta_ref,
     *, shape: Shape, page_size, scale, logits_soft_cap, windowed,
 ) -> None:  # fmt: skip
     """One key head, and one part, of a tile of queries."""
@@ -185,7 +163,7 @@ def _queries_gradient(
 
 
 def keys_gradient(
-    inputs: Inputs,
+    inputs: GradientInputs,
     delta: jax.Array,
     tiles: KeyTileArrays,
     tile_k: int,
@@ -240,7 +218,7 @@ def keys_gradient(
 
 
 def _keys_gradient(
-    program, tiles: KeyTileArrays, num_live, inputs: Inputs, delta_ref, dk_ref, dv_ref,
+    program, tiles: KeyTileArrays, num_live, inputs: GradientInputs, delta_ref, dk_ref, dv_ref,
     *, shape: Shape, parts: int, block_rows: int, page_size, scale, logits_soft_cap,
 ) -> None:  # fmt: skip
     """One key head, and one part, of a tile of keys."""

@@ -16,13 +16,13 @@ from typing import NamedTuple
 from deviceless import Target
 from resources import Key, Resources, resources_of
 
-PROGRAM = """
+PRELUDE = """
 import importlib
 import sys
 import deviceless
 import jax
 import jax.numpy as jnp
-from jaxattn_kernels.arrays import KeyLookup, SplitArrays, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.arrays import *
 
 target, module = sys.argv[1:3]
 head_dim, group_size, page_size, is_long, masked, is_split = map(int, sys.argv[3:])
@@ -36,6 +36,15 @@ def ints(n):
     return jax.ShapeDtypeStruct((n,), jnp.int32)
 
 
+q = jax.ShapeDtypeStruct((tokens, num_kv_heads * group_size, head_dim), jnp.bfloat16)
+k = jax.ShapeDtypeStruct((pages * page_size or tokens, num_kv_heads, head_dim), jnp.bfloat16)
+num_tiles = 600 if masked else 64  # more than a launch has programs, and fewer
+tiles = TileArrays(*[ints(num_tiles)] * 5)
+visible = VisibleRange(ints(tokens), ints(tokens))
+"""
+"""The arguments, and arrays of which programs are made."""
+
+FORWARD = """
 def attend(q, k, v, visible, start, page_list, tiles, split, sinks):
     return kernel.ragged_attention(
         q, k, v, visible,
@@ -46,14 +55,9 @@ def attend(q, k, v, visible, start, page_list, tiles, split, sinks):
     )
 
 
-q = jax.ShapeDtypeStruct((tokens, num_kv_heads * group_size, head_dim), jnp.bfloat16)
-k = jax.ShapeDtypeStruct((pages * page_size or tokens, num_kv_heads, head_dim), jnp.bfloat16)
-num_tiles = 600 if masked else 64  # more than a launch has programs, and fewer
-tiles = TileArrays(*[ints(num_tiles)] * 5)
 units = ints(num_tiles + 100)
 split = SplitArrays(units, units, units, ints(num_tiles + 1)) if is_split else None
 sinks = jax.ShapeDtypeStruct((q.shape[1],), jnp.float32)
-visible = VisibleRange(ints(tokens), ints(tokens))
 deviceless.compile_for(target, attend, q, k, k, visible, ints(rows + 1), ints(pages), tiles, split, sinks)
 """
 
@@ -96,18 +100,21 @@ class Compiled(NamedTuple):
     ptx: str
 
 
-def compile_kernels(target: Target, module: str, case: Case, folder: Path) -> list[Compiled]:
+def compile_kernels(
+    target: Target, module: str, case: Case, folder: Path, program: str = FORWARD
+) -> list[Compiled]:
     """In the order of their launches.
 
     Args:
         target: The GPU.
-        module: Where `ragged_attention` is.
+        module: Where the kernel is.
         case: What to compile.
         folder: An empty one.
+        program: What calls `kernel`, the module, after `PRELUDE`.
     """
     environment = os.environ | {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", PROGRAM, target.architecture, module, *map(str, case)]
+    command = [sys.executable, "-c", PRELUDE + program, target.architecture, module, *map(str, case)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
@@ -136,19 +143,28 @@ def resources_by_key(target: Target, case: Case, kernels: list[Compiled]) -> dic
 
 def keys_of(target: Target, case: Case) -> list[Key]:
     """The kernels of a case, in the order of their launches."""
-    paging = f"p{case.page_size}" if case.page_size else "packed"
-    name = f"g{case.group_size}-d{case.head_dim}-bfloat16-{paging}"
-    name += "-window-cap-sinks" * case.masked + "-split" * case.is_split
+    name = f"{sizes_of(case)}{'-window-cap-sinks' * case.masked}{'-split' * case.is_split}"
     kernels = ["long" if case.is_long else "short", *["merge"] * case.is_split]
     return [Key("mosaic", name, kernel, target.architecture) for kernel in kernels]
+
+
+def sizes_of(case: Case) -> str:
+    """The beginning of a case's name."""
+    paging = f"p{case.page_size}" if case.page_size else "packed"
+    return f"g{case.group_size}-d{case.head_dim}-bfloat16-{paging}"
+
+
+def check_registers(target: Target, kernel: Compiled) -> None:
+    """A kernel's state stays in registers, and it fits."""
+    assert kernel.spilled == 0
+    assert kernel.shared_memory <= target.shared_memory
+    assert not re.search(r"(ld|st)\.local", kernel.ptx)
 
 
 def check_all(target: Target, case: Case, kernels: list[Compiled]) -> None:
     """What holds on any GPU: no kernel spills, and copies are wide."""
     for kernel in kernels:
-        assert kernel.spilled == 0
-        assert kernel.shared_memory <= target.shared_memory
-        assert not re.search(r"(ld|st)\.local", kernel.ptx)
+        check_registers(target, kernel)
     attend, *merge = kernels
     assert "cp.async.bulk.tensor" in attend.ptx, "keys and values come through the copy engine"
     assert len(merge) == case.is_split

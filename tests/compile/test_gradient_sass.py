@@ -20,8 +20,16 @@ from jaxattn.buckets import Bucket
 from jaxattn.consumers import KEY_BLOCK, triton_tiling
 from jaxattn.metadata import prepare_metadata
 from jaxattn.spec import AttentionSpec
-from jaxattn_kernels.arrays import Attended, KeyLookup, KeyTileArrays, TileArrays, TileList, VisibleRange
-from jaxattn_kernels.triton_gradient import Inputs, keys_gradient, queries_gradient
+from jaxattn_kernels.arrays import (
+    Attended,
+    GradientInputs,
+    KeyLookup,
+    KeyTileArrays,
+    TileArrays,
+    TileList,
+    VisibleRange,
+)
+from jaxattn_kernels.triton_gradient import keys_gradient, queries_gradient
 
 pytestmark = pytest.mark.compile
 
@@ -71,7 +79,7 @@ def program_of(case: Case) -> tuple[Any, ...]:
 
     def go_back(visible, start, page_list, q, k, results, short, long, order, num_live, keys):
         lookup = KeyLookup(start, page_list if case.page_size else None)
-        inputs = Inputs(visible, lookup, q, k, k, results, results)
+        inputs = GradientInputs(visible, lookup, q, k, k, results, results)
         lists = (
             TileList(short, tiling.short_q, None, None, num_live),
             TileList(long, tiling.long_q, None, order, num_live),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import test_blackwell_sass
+import test_mosaic_gradient_sass
 import test_mosaic_sass
 import test_sass
 from deviceless import B200, H200
@@ -33,6 +34,7 @@ def test_the_table_holds_every_case_that_is_compared_and_no_other():
             for case in tests.CASES
             for key in keys_of(target, case)
         ),
+        *(key for case in test_mosaic_gradient_sass.CASES for key in test_mosaic_gradient_sass.keys_of(case)),
     ]
 
     def cases(keys):

@@ -15,6 +15,7 @@ import mosaic_sass
 import resources
 import test_blackwell_sass
 import test_gradient_sass
+import test_mosaic_gradient_sass
 import test_mosaic_sass
 import test_sass
 from deviceless import B200, H200
@@ -31,6 +32,10 @@ def measured() -> Iterator[dict[resources.Key, resources.Resources]]:
             with tempfile.TemporaryDirectory() as folder:
                 kernels = mosaic_sass.compile_kernels(target, tests.MODULE, case, Path(folder))
             yield mosaic_sass.resources_by_key(target, case, kernels)
+    for case in track(test_mosaic_gradient_sass.CASES, "mosaic's gradient"):
+        with tempfile.TemporaryDirectory() as folder:
+            kernels = test_mosaic_gradient_sass.compile_case(case, Path(folder))
+        yield test_mosaic_gradient_sass.resources_by_key(case, kernels)
 
 
 def main() -> None:
