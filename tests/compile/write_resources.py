@@ -26,6 +26,7 @@ def measured() -> Iterator[dict[resources.Key, resources.Resources]]:
     """The resources of every case whose test compares them."""
     for case in track((*test_sass.MAIN, *test_sass.MAIN_QUANTIZED), "triton"):
         yield test_sass.resources_by_key(case, test_sass.compile_case(case))
+    for case in track(test_sass.MAIN, "triton's gradient"):
         yield test_sass.resources_by_key(case, test_gradient_sass.compile_case(case))
     for target, tests in ((H200, test_mosaic_sass), (B200, test_blackwell_sass)):
         for case in track(tests.CASES, f"mosaic on {target.architecture}"):
