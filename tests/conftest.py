@@ -6,10 +6,13 @@ import os
 # cores: with fewer threads than warpgroups, a program may wait for one that never gets a thread.
 os.environ.setdefault("NPROC", "8")
 
+from collections import defaultdict
+from pathlib import Path
+
 import hypothesis
 import jax
 import pytest
-from effort import EXAMPLES
+from effort import EXAMPLES, IS_QUICK, MANY_CASES
 
 # A program is compiled for a few small runs: most of the compiler's time would go into speed that no test
 # needs. `make test-slow` compiles as users do, and so does what compiles for a GPU (compile/deviceless.py).
@@ -23,6 +26,32 @@ hypothesis.settings.register_profile(
     "jaxattn", max_examples=EXAMPLES, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("jaxattn")
+
+
+MEMORY_MAPS = Path("/proc/self/maps")
+MAX_MEMORY_MAPS = 30_000
+"""Every compiled program takes some; Linux gives a process 65,530, and XLA crashes when it gets no more."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Let go of the programs of a file's tests before there are too many."""
+    yield
+    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > MAX_MEMORY_MAPS:
+        jax.clear_caches()
+
+
+def pytest_collection_modifyitems(config, items):
+    """A quick run takes every third case of a test that has many."""
+    if not IS_QUICK:
+        return
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.path, getattr(item, "originalname", item.name)].append(item)
+    many = [group for group in cases.values() if len(group) > MANY_CASES]
+    dropped = {id(item) for group in many for i, item in enumerate(group) if i % 3}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
+    items[:] = [item for item in items if id(item) not in dropped]
 
 
 @pytest.fixture

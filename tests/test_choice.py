@@ -249,7 +249,7 @@ class TestEnvironment:
 
             def attend(q, *_, name=name, **_options):
                 called.append(name)
-                return q, None
+                return q, q[..., 0]
 
             monkeypatch.setitem(IMPLEMENTATIONS, name, attend)
         page_tables, num_pages = random_page_tables(ODD[2], page_size, np.random.default_rng(0))

@@ -91,7 +91,9 @@ def test_loss_is_the_mean_over_the_documents_tokens():
 @jax.numpy_dtype_promotion("standard")  # optax's AdamW promotes its step count
 def test_runs_and_leaves_a_checkpoint_that_generates(tmp_path):
     log, checkpoint = tmp_path / "log.jsonl", tmp_path / "checkpoint"
-    model_config = dataclasses.replace(SETTING.model, num_layers=1, sliding_windows=(24,))
+    model_config = dataclasses.replace(
+        SETTING.model, num_layers=1, sliding_windows=(24,), ropes=SETTING.model.ropes[:1]
+    )
     setting = dataclasses.replace(SETTING, model=model_config)
     result = packed_training.run(setting, log=log, checkpoint=checkpoint)
     assert json.loads(json.dumps(result))["setting"]["steps"] == SETTING.steps
