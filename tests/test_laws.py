@@ -1,6 +1,6 @@
 """The laws of the design as properties, on every implementation that runs on a CPU.
 
-Each law is written once and tested twice: with 200 examples, and with 5,000 under the `slow` marker.
+Each law is written once and tested twice: with some examples, and with 5,000 under the `slow` marker.
 The Triton kernel runs in Pallas's interpreter. Where a law says "no bit", it is claimed for `xla` and
 `triton`; the reference sums over one key axis of all sequences, and is held to rounding there.
 

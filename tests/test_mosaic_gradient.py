@@ -196,7 +196,10 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake",
+    [*list(MISTAKES)[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in list(MISTAKES)[3:])],
+)
 def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
     make, num_tokens, num_keys = MISTAKES[mistake]
     make(monkeypatch)
