@@ -30,11 +30,12 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest $(PARALLEL) -m "slow"
 
-# Fewer examples per property: what the oldest version lacks shows on the first ones. What a compiled
-# program costs is counted on the newest alone.
+# Fewer examples and cases: what the oldest version lacks shows on the first ones. What a compiled program
+# costs is counted on the newest alone, and what tests the library rather than its use of JAX is left out.
+ONLY_NEWEST := never_dearer laws exports scheduler gpu_harness packed_training checkpoints_families
 test-oldest:
 	JAXATTN_EXAMPLES=5 $(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2" \
-	  OPTIONS=--ignore=tests/test_never_dearer.py
+	  OPTIONS="$(ONLY_NEWEST:%=--ignore=tests/test_%.py)"
 
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile:
