@@ -31,7 +31,7 @@ test-slow: $(VENV)/installed
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest $(PARALLEL) -m "slow"
 
 # Fewer examples and cases: what the oldest version lacks shows on the first ones. What a compiled program
-# costs is counted on the newest alone, and what tests the library rather than its use of JAX is left out.
+# costs is counted on the newest alone, and so are, for time, files that add little to what the others ask of JAX.
 ONLY_NEWEST := never_dearer laws exports scheduler gpu_harness packed_training checkpoints_families \
   serve tune demo cli packing known_bugs checkpoints_safetensors decoder blackwell
 test-oldest:

@@ -39,6 +39,24 @@ def layer(num_q_heads: int, num_kv_heads: int, head_dim: int = 64, **options) ->
     return AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
 
 
+LAYERS = {
+    "mha, sinks": (layer(2, 2, sinks=True), 16, "bfloat16"),
+    "two heads per group, window and cap, small pages": (
+        layer(2, 1, sliding_window=7, logits_soft_cap=5.0),
+        8,
+        "float16",
+    ),
+    "four heads per group, window of several pages": (
+        layer(4, 1, 128, sliding_window=40, sinks=True),
+        64,
+        "bfloat16",
+    ),
+    "eight heads per group, cap": (layer(8, 1, 80, logits_soft_cap=5.0), 16, "bfloat16"),
+    "rows that no head fills, pages larger than a block": (layer(3, 1), 256, "float16"),
+}
+"""Layers by what is particular about them, with a page size and a dtype: for Hopper, there and back."""
+
+
 def sinks_of(spec: AttentionSpec) -> jax.Array | None:
     """Some below all logits, some above."""
     return jnp.linspace(-9, 9, spec.num_q_heads, dtype=jnp.float32) if spec.sinks else None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from oracle import Problem
 from simulator import (
+    LAYERS,
     REPORTED,
     check,
     check_what_does_not_change_a_bit,
@@ -33,22 +34,6 @@ from jaxattn_kernels import mosaic as kernel
 from jaxattn_kernels import mosaic_parts
 
 pytestmark = pytest.mark.usefixtures("no_races")
-
-LAYERS = {
-    "mha, sinks": (layer(2, 2, sinks=True), 16, "bfloat16"),
-    "two heads per group, window and cap, small pages": (
-        layer(2, 1, sliding_window=7, logits_soft_cap=5.0),
-        8,
-        "float16",
-    ),
-    "four heads per group, window of several pages": (
-        layer(4, 1, 128, sliding_window=40, sinks=True),
-        64,
-        "bfloat16",
-    ),
-    "eight heads per group, cap": (layer(8, 1, 80, logits_soft_cap=5.0), 16, "bfloat16"),
-    "rows that no head fills, pages larger than a block": (layer(3, 1), 256, "float16"),
-}
 
 
 @pytest.mark.parametrize("name", LAYERS)
