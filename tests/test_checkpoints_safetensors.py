@@ -11,7 +11,7 @@ import tiny_checkpoints as tiny
 from safetensors.numpy import save_file
 
 from jaxattn.checkpoints import CheckpointError, load_model, load_params
-from jaxattn.checkpoints.load import open_checkpoint
+from jaxattn.checkpoints.opening import open_checkpoint
 from jaxattn.checkpoints.rows import Layout, Row
 from jaxattn.models import DecoderConfig
 
