@@ -52,8 +52,9 @@ def config_for(*, block_rows: int, head_dim: int, itemsize: int, quantized: bool
 
     16-bit operands: the accumulator decides, a row of it per query row, since it stays in registers
     through all loops. Twice the accumulator leaves room for half the keys; four times needs twice
-    the threads. Loads run one step ahead of the products. Keys of one byte are widened in registers, and
-    leave room for half as many.
+    the threads. Loads run one step ahead of the products; two steps where a tile of 64 rows has a small
+    accumulator, as ptxas then needs fewer registers on three GPUs of four, and spills on none. Keys of
+    one byte are widened in registers, and leave room for half as many.
 
     32-bit operands: the product in full float32 runs outside the tensor cores, and holds whole rows
     of both operands in registers; so few rows, few keys, many threads, and no load ahead.
@@ -69,7 +70,8 @@ def config_for(*, block_rows: int, head_dim: int, itemsize: int, quantized: bool
     accumulator = block_rows * block_of(head_dim)
     is_small, is_large = accumulator <= 64 * 64, accumulator > 64 * 128
     block_k = (16 if is_large else 32) if quantized else (64 if is_small else 32)
-    return KernelConfig(block_k=block_k, num_warps=8 if is_large else 4, num_stages=2)
+    num_stages = 3 if is_small and block_rows >= 64 else 2
+    return KernelConfig(block_k=block_k, num_warps=8 if is_large else 4, num_stages=num_stages)
 
 
 def ragged_attention(

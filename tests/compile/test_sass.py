@@ -190,9 +190,7 @@ def test_main_configurations_use_the_hardware(case):
     kernels = {k.name: k for k in compiled}
     takes = {key.kernel: value for key, value in found.items()}
     assert kernels.keys() == {"merge_attention_q16", "ragged_attention_q16", "ragged_attention_q64"}
-    assert all(stays_in_registers(k) for k in compiled)
-    if (case.group_size, case.head_dim) == (4, 128):
-        assert [k.name for k in compiled if k.spilled] == []
+    assert [(k.name, k.spilled) for k in compiled if k.spilled] == []
     short, long = "ragged_attention_q16", "ragged_attention_q64"
     assert "mma.sync" in takes[short].instructions
     assert PRODUCTS[case.target] in takes[long].instructions
@@ -210,7 +208,7 @@ def test_quantised_caches_use_the_hardware(case):
     found = resources_by_key(case, compiled)
     takes = {key.kernel: value for key, value in found.items()}
     assert takes.keys() == {"merge_attention_q16", "ragged_attention_q16", "ragged_attention_q64"}
-    assert all(stays_in_registers(k) for k in compiled)
+    assert [(k.name, k.spilled) for k in compiled if k.spilled] == []
     assert "mma.sync" in takes["ragged_attention_q16"].instructions
     assert PRODUCTS[case.target] in takes["ragged_attention_q64"].instructions
     check(found)
