@@ -4,8 +4,8 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 # Further requirements of the environment.
 WITH ?=
-# A process per core; the tests of a file share compiled programs.
-PARALLEL ?= -n auto --dist loadfile
+# A process per core; the tests of a file share compiled programs, so that most are left together.
+PARALLEL ?= -n auto --dist worksteal
 # Further options of pytest.
 OPTIONS ?=
 

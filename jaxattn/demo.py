@@ -237,8 +237,8 @@ def _check_against_dense(
     for row, text in zip(padded, texts, strict=True):
         row[: len(text)] = text
     with jax.default_matmul_precision("highest"):  # on a GPU float32 products are rounded otherwise
-        likeliest = jax.vmap(lambda ids: dense_logits(model, ids))(jnp.asarray(padded)).argmax(-1)
-    likeliest = np.asarray(likeliest)
+        logits = jax.jit(jax.vmap(lambda ids: dense_logits(model, ids)))(jnp.asarray(padded))
+    likeliest = np.asarray(logits.argmax(-1))
     for i, (prompt, new) in enumerate(zip(prompts, tokens, strict=True)):
         if likeliest[i, len(prompt) - 1 : len(prompt) + len(new) - 1].tolist() != new:
             raise RuntimeError(f"prompt {i}: the dense forward pass chooses other tokens; please report this")

@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
-from effort import EXAMPLES, IS_QUICK, KEPT_EVERY, MANY_CASES
+from effort import EXAMPLES, IS_QUICK, KEPT_EVERY
 
 # A program is compiled for a few small runs: most of the compiler's time would go into speed that no test
 # needs. `make test-slow` compiles as users do, and so does what compiles for a GPU (compile/deviceless.py).
@@ -42,14 +42,16 @@ def forget_programs():
 
 
 def pytest_collection_modifyitems(config, items):
-    """A quick run takes some cases of a test that has many."""
+    """A quick run takes some cases of every test, and where they are few, of each test another."""
     if not IS_QUICK:
         return
     cases = defaultdict(list)
     for item in items:
         cases[item.path, getattr(item, "originalname", item.name)].append(item)
-    many = [group for group in cases.values() if len(group) > MANY_CASES]
-    dropped = {id(item) for group in many for i, item in enumerate(group) if i % KEPT_EVERY}
+    dropped = set()
+    for number, group in enumerate(cases.values()):
+        first = number % min(KEPT_EVERY, len(group))
+        dropped |= {id(item) for i, item in enumerate(group) if i % KEPT_EVERY != first}
     config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
     items[:] = [item for item in items if id(item) not in dropped]
 

@@ -53,7 +53,8 @@ def test_the_embedding_scale_is_rounded_to_the_dtype_of_the_parameters():
         layer["o"], layer["down"] = jnp.zeros_like(layer["o"]), jnp.zeros_like(layer["down"])
     batch = nest_sequences([[3, 1, 4, 1, 5]], bucket=Bucket(8, 1))
     metadata = prepare_metadata(batch, GEMMA.layer_specs())
-    hidden, _ = forward(params, GEMMA, batch.token_ids, metadata, implementation="reference")
+    run = jax.jit(forward, static_argnames=("config", "implementation"))
+    hidden, _ = run(params, GEMMA, batch.token_ids, metadata, implementation="reference")
     scaled = params["embed"][batch.token_ids] * jnp.bfloat16(24**0.5)
     np.testing.assert_array_equal(hidden, rms_norm(scaled, params["final_norm"], GEMMA))
 

@@ -55,13 +55,15 @@ def test_loss_is_that_of_each_document_alone():
 def test_loss_is_that_of_the_dense_forward_pass():
     params = init_params(jax.random.key(0), CONFIG)
     document = np.arange(80) + 40
-    logits = dense_logits(Model.from_params(CONFIG, params), jax.numpy.asarray(document))
+    model = Model.from_params(CONFIG, params)
+    logits = jax.jit(lambda token_ids: dense_logits(model, token_ids))(document)
     losses = -jax.nn.log_softmax(logits)[np.arange(79), document[1:]]
-    packed = next_token_loss(params, nest_sequences([document], bucket=Bucket(96, 4)))
+    packed = jax.jit(next_token_loss)(params, nest_sequences([document], bucket=Bucket(96, 4)))
     assert float(packed) == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
-def test_runs_and_leaves_a_checkpoint_to_reuse(tmp_path, capsys):
+def test_runs_and_leaves_a_checkpoint_to_reuse(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxattn.demo.MAX_NEW_TOKENS", 4)
     with jax.numpy_dtype_promotion("standard"):  # optax's AdamW promotes its step count
         run_demo(tmp_path, train_steps=4)
     output = capsys.readouterr().out

@@ -97,7 +97,7 @@ def test_stop_token(model, tokens):
 
 
 # The last bits of `reference` depend on the bucket, and with them how some keys are rounded.
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
 def test_quantised_cache(model, tokens, dtype, implementation):
     """Chunks, preemption and shared pages change nothing: what is stored depends on the scales alone."""
