@@ -152,7 +152,7 @@ def _check_names(file: Path) -> None:
         raise CheckpointError(
             f"{file} does not exist; was the checkpoint saved or copied in full?"
         ) from error
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {summarize(error)}") from error
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:

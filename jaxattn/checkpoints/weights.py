@@ -76,7 +76,8 @@ def shards(index: pathlib.Path) -> list[pathlib.Path]:
             or name in ("", ".", "..")
         ):
             raise CheckpointError(f"{index} names {name!r}; only files beside it are read")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    beside = {child.name for child in index.parent.iterdir() if child.is_file()}
+    missing = [name for name in names if name not in beside]
     if missing or not names:
         raise CheckpointError(f"{index}: {', '.join(missing) or 'no file'} is missing beside it")
     return [index.parent / name for name in names]
