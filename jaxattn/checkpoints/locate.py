@@ -55,20 +55,19 @@ class Location:
         """Whether they are safetensors; msgpack files otherwise."""
         return self.weights.name.endswith(SUFFIXES[:2])
 
-    def find_config(self) -> Path:
-        """The config.json that belongs to the weights.
+    def find_config(self) -> Path | None:
+        """The config.json that belongs to the weights, if there is one.
 
         It is looked for in the given folder, then beside the weights and upwards to the given
         folder, then in the given folder's parent.
-
-        Raises:
-            CheckpointError: If there is none.
         """
+        files = (folder / CONFIG for folder in self._config_folders())
+        return next((file for file in files if file.is_file()), None)
+
+    def no_config(self) -> CheckpointError:
+        """The error where there is none, which says where it was looked for."""
         folders = self._config_folders()
-        for folder in folders:
-            if (folder / CONFIG).is_file():
-                return folder / CONFIG
-        raise CheckpointError(
+        return CheckpointError(
             f"no {CONFIG} for the weights {self.weights}; looked in "
             + ", ".join(map(str, folders))
             + self._config_hint(folders[-1])
