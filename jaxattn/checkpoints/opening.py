@@ -109,6 +109,10 @@ def open_weights(location: Location) -> Weights:
     """
     # Imported here, as Orbax takes 0.6 s and Flax 0.4 s of a session's start, `import jaxattn` 1 s,
     # and many sessions load nothing.
+    if location.is_old_orbax:
+        from jaxattn.checkpoints.old_orbax_weights import open_old_orbax
+
+        return open_old_orbax(location.weights)
     if location.is_orbax:
         from jaxattn.checkpoints.orbax_weights import open_orbax
 
