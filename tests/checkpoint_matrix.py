@@ -6,21 +6,22 @@ import tiny_checkpoints as tiny
 
 FAMILIES = tuple(name for name in tiny.FAMILIES if "images" not in name)
 GEMMAS = tuple(name for name in FAMILIES if name.startswith("Gemma"))
-NAMED_BY_HUGGING_FACE = (
-    "safetensors",
-    "safetensors, sharded",
-    "safetensors of Flax",
-    "msgpack",
-    "msgpack, sharded",
-    "Orbax, Linen tree",
-    "Orbax, Linen tree, scanned",
-    "Orbax, NNX state",
-)
-FORMATS = {
-    **dict.fromkeys(NAMED_BY_HUGGING_FACE, FAMILIES),
-    **dict.fromkeys(("gemma library, nested", "gemma library, flat", "gemma library, stacked"), GEMMAS),
-    **dict.fromkeys(("MaxText", "MaxText, scanned"), tuple(name for name in FAMILIES if name != "Phi-3")),
+MAXTEXTS = tuple(name for name in FAMILIES if name != "Phi-3")
+
+FILES = ("safetensors", "safetensors, sharded", "safetensors of Flax", "msgpack", "msgpack, sharded")
+TREES = {
+    "Orbax, Linen tree": FAMILIES,
+    "Orbax, Linen tree, scanned": FAMILIES,
+    "Orbax, NNX state": FAMILIES,
+    "gemma library, nested": GEMMAS,
+    "gemma library, flat": GEMMAS,
+    "gemma library, stacked": GEMMAS,
+    "MaxText": MAXTEXTS,
+    "MaxText, scanned": MAXTEXTS,
 }
+"""What an Orbax folder holds."""
+
+FORMATS = dict.fromkeys(FILES, FAMILIES) | TREES
 """The families that are read in each format."""
 
 CELLS = tuple((name, family) for name, families in FORMATS.items() for family in families)

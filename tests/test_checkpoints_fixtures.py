@@ -1,5 +1,6 @@
 """Checkpoints of other libraries and of old versions, written by those, against the logits beside them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,16 +12,30 @@ from flax import serialization
 
 from jaxattn import compute_logits
 from jaxattn.buckets import BucketGrid
-from jaxattn.checkpoints import CheckpointError, load_model, load_params
+from jaxattn.checkpoints import CheckpointError, load_params
+from jaxattn.checkpoints.opening import open_checkpoint
+from jaxattn.models import DecoderConfig, Model, Programs
 
 GRID = BucketGrid(tokens=(32,), max_seqs=8)
 NAMES = sorted(file.stem for file in (Path(__file__).parent / "fixtures").glob("*.zip"))
+SELDOM = {f"transformers_5_{family}" for family in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")}
+"""What others of the same config, or of tests/dense_decoder.py, check every day."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@functools.cache
+def programs_of(config: DecoderConfig) -> Programs:
+    """Compiled once for all checkpoints of a config."""
+    return Programs(config, np.dtype("float32"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in NAMES]
+)
 def test_logits(name, tmp_path):
     expected = read_archive(name, tmp_path)
-    model = load_model(tmp_path, dtype="float32")
+    checkpoint = open_checkpoint(tmp_path, dtype="float32")
+    config = checkpoint.plan.config
+    model = Model(config, checkpoint.read(), programs_of(config))
     got = compute_logits(model, [list(prompt) for prompt in PROMPTS], grid=GRID)
     for ours, theirs in zip(got, expected, strict=True):
         assert theirs.std() > 0.5
