@@ -14,10 +14,10 @@ import tiny_layouts as layouts
 
 from jaxattn import compute_logits
 from jaxattn.buckets import BucketGrid
-from jaxattn.checkpoints import CheckpointError, gemma_variants, load_params, opening
+from jaxattn.checkpoints import CheckpointError, config_from_dict, gemma_variants, load_params, opening
 from jaxattn.checkpoints.gemma_variants import VARIANTS, infer_config
-from jaxattn.checkpoints.mapping import Leaf
-from jaxattn.checkpoints.rows import Row
+from jaxattn.checkpoints.mapping import Leaf, match
+from jaxattn.checkpoints.rows import Layout, Row
 from jaxattn.models import DecoderConfig, Model, Programs
 
 PROMPTS = [[3], [8, 7, 6, 5, 4], [17, 0, 3] * 7]
@@ -25,6 +25,7 @@ GRID = BucketGrid(tokens=(48,), max_seqs=8)
 ATOL = 1e-4
 
 Table = tuple[Row, ...]
+TINY = config_from_dict(tiny.LLAMA)
 
 
 def write_orbax(folder: Path, config: dict[str, Any], tree: Any) -> Path:
@@ -263,3 +264,50 @@ def test_maxtext_steps(tmp_path):
     wanted = load_params(tiny.write_safetensors(tmp_path / "b", tiny.LLAMA, tiny.random_tensors(tiny.LLAMA)))
     got = load_params(tmp_path / "0")
     np.testing.assert_array_equal(got["head"], wanted["head"])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("embed", "e", "v d"), "stored axes -> the decoder's axes"),
+        (Row("embed", "e[x]", "v d -> v d"), "write source or source[index]"),
+        (Row("embed", "e", "v x -> v x"), "x is no axis; use d, f, h, k, l, n, v"),
+        (Row("embed", "e[2]", "2 v d -> v d"), "the index is one of them, counted from 0"),
+        (Row("embed", "e", "v d -> v"), "must be those of the part: v d"),
+        (
+            Row("embed", "e", "v d -> v d", (("double", 2.0),)),
+            "double is no operation; use scale, add, unpad, rope_de",
+        ),
+        (Row("embed", "e", "v d -> v d", (("scale", "v"),)), "scale needs a number, not 'v'"),
+        (Row("q", "q", "d (n h) -> d n h", (("unpad", "h"),)), "unpad needs one of the axes d, not 'h'"),
+        (Row("embed", "e", "v d -> v d", (("unpad", "h"),)), "unpad needs one of the axes v d, not 'h'"),
+    ],
+)
+def test_rows_that_are_not_in_the_language(row, message):
+    with pytest.raises(CheckpointError) as caught:
+        Layout.of(row, TINY)
+    assert message in str(caught.value)
+
+
+def test_a_table_that_is_not_of_the_decoder():
+    table = (Row("embed", "e", "v d -> d v"), Row("final_norm", "n", "d -> d"))
+    leaves = {"e": Leaf((61, 24), "float32"), "n": Leaf((24,), "float32")}
+    with pytest.raises(CheckpointError) as caught:
+        match(leaves, TINY, table)
+    assert "embed is (61, 24) in the decoder, (24, 61) in the table" in str(caught.value)
+    assert "the config asks for layers.1.down, which no row of the table is for" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("q", "w", "d (n h) -> n h d", (("scale", 0.3), ("rope_deinterleave", "h"), ("add", 2.0))),
+        Row("q", "w", "h n d -> d n h", (("rope_deinterleave", "n"), ("rope_deinterleave", "h"))),
+    ],
+)
+def test_what_a_row_does_can_be_undone(row):
+    layout = Layout.of(row, TINY)
+    stored = np.random.default_rng(0).standard_normal(layout.fused).astype(np.float32)
+    decoded = layout.to_decoder(jax.numpy.asarray(stored))
+    assert decoded.shape == layout.decoded
+    np.testing.assert_allclose(layout.to_stored(decoded), stored, rtol=1e-5, atol=1e-5)

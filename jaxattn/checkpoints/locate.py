@@ -29,7 +29,7 @@ _STEP = re.compile(r"(checkpoint_)?(\d+)")
 # Parts of an Orbax folder that look like one, as each process leaves its own.
 _ORBAX_INNER = "ocdbt.process_"
 # Where a CheckpointManager puts the weights among other items of a step, the likeliest first.
-_STEP_ITEMS = ("default", "state", "params", "items")
+_STEP_ITEMS = ("default", "state", "params", "items", "model")
 
 _REFUSED = {
     ".safetensors": "it has safetensors files, but none named model.safetensors, nor a "

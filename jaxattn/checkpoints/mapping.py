@@ -20,10 +20,10 @@ HEAD = "head"
 # What users of Linen, NNX and multimodal models write otherwise, brought to one spelling, in this order.
 SPELLINGS = (
     (r"\.", "/"),  # torch
-    (r"^(params/){1,2}", ""),  # the variable collection
+    (r"^(\w+/)?(params/){1,2}", ""),  # the variable collection, also of a TrainState among other things
     (r"/(value|raw_value)$", ""),  # a boxed leaf: nn.with_partitioning, nnx.Param
     (r"^(model/)?language_model/", ""),  # Gemma 3 with a tower of vision: two spellings
-    (r"^(model|transformer)/", ""),
+    (r"^((model|transformer)/)+", ""),
     (r"^layers_(\d+)/", r"layers/\1/"),
     (r"/mlp/(gating_einsum|linear)/w$", r"/mlp/\1"),  # the gemma library's released files
     (r"/scale$", "/weight"),
@@ -85,7 +85,7 @@ def leaf_name(path: tuple) -> str:
 
 def expand(table: tuple[Row, ...], config: DecoderConfig) -> dict[str, Row]:
     """The rows of all leaves that the decoder has, by leaf, with layers filled in."""
-    wanted = set(_wanted(config))
+    wanted = _parameters(config)
     rows = {}
     for row in table:
         for i in range(config.num_layers if "{i}" in row.destination else 1):
@@ -95,9 +95,10 @@ def expand(table: tuple[Row, ...], config: DecoderConfig) -> dict[str, Row]:
     return rows
 
 
-def _wanted(config: DecoderConfig) -> list[str]:
-    """The leaves that the decoder has."""
-    return [leaf_name(path) for path, _ in jax.tree.leaves_with_path(abstract_params(config, jnp.float32))]
+def _parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves that the decoder has."""
+    leaves = jax.tree.leaves_with_path(abstract_params(config, jnp.float32))
+    return {leaf_name(path): leaf.shape for path, leaf in leaves}
 
 
 def normalize(name: str) -> str:
@@ -134,7 +135,7 @@ def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[Row, .
     sources = {name: stored.get(normalize(row.name)) for name, row in rows.items()}
     found = {name: source for name, source in sources.items() if source is not None}
     problems = [
-        *_uncovered(rows, config),
+        *_not_the_decoders(layouts, config),
         *_wrong_depth(stored, rows, config),
         *_doubled(names),
         *_unused(stored, rows),
@@ -149,8 +150,13 @@ def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[Row, .
 
 def weights_among(leaves: Mapping[str, Leaf]) -> list[str]:
     """Names of the parameters, without an optimizer's state beside them, or what has no use here."""
-    of_params = [name for name in leaves if name.startswith("params/")]
-    return [name for name in of_params or leaves if not IGNORED.search(name.replace(".", "/"))]
+    names = list(leaves)
+    for place in (r"params/", r"\w+/params/"):
+        found = [name for name in leaves if re.match(place, name)]
+        if found:
+            names = found
+            break
+    return [name for name in names if not IGNORED.search(name.replace(".", "/"))]
 
 
 def spelled_shapes(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...]]:
@@ -168,9 +174,18 @@ def _places(rows: Mapping[str, Row]) -> dict[str, int]:
     return places
 
 
-def _uncovered(rows: Mapping[str, Row], config: DecoderConfig) -> list[str]:
-    missing = [name for name in _wanted(config) if name not in rows]
-    return [f"the config asks for {name}, which no row of the table is for" for name in missing]
+def _not_the_decoders(layouts: Mapping[str, Layout], config: DecoderConfig) -> list[str]:
+    """What a table says of the decoder that is not so."""
+    wanted = _parameters(config)
+    uncovered = [name for name in wanted if name not in layouts]
+    others = [name for name in layouts if layouts[name].decoded != wanted[name]]
+    return [
+        *(f"the config asks for {name}, which no row of the table is for" for name in uncovered),
+        *(
+            f"{name} is {wanted[name]} in the decoder, {layouts[name].decoded} in the table"
+            for name in others
+        ),
+    ]
 
 
 def _wrong_depth(stored: Mapping[str, str], rows: Mapping[str, Row], config: DecoderConfig) -> list[str]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.models import DecoderConfig
 
 
@@ -123,7 +124,12 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, row: Row, config: DecoderConfig, *, num_layers: int = 1) -> Layout:
-        """Read a row's axes, of a source that is a stack of so many layers."""
+        """Read a row's axes, of a source that is a stack of so many layers.
+
+        Raises:
+            CheckpointError: If the row is not in the language.
+        """
+        _check(row)
         axes = tuple(map(_parts, row.stored_axes))
         wanted = row.axes.partition(" -> ")[2].split()
         sizes = {
@@ -141,6 +147,13 @@ class Layout(NamedTuple):
             ops=row.ops,
             padded=tuple(axis for axis, parts in enumerate(axes) if (UNPAD, *parts[0]) in row.ops),
         )
+
+    @property
+    def decoded(self) -> tuple[int, ...]:
+        """The shape that the decoder has."""
+        sizes = dict(self.sizes)
+        names = [name for name in _names(self.axes, self.part) if name != LAYERS]
+        return tuple(sizes[names[position]] for position in self.order)
 
     @property
     def fused(self) -> tuple[int, ...]:
@@ -220,3 +233,35 @@ def _parts(axis: str) -> tuple[Part, ...]:
     if axis.isdigit():
         return ((),) * int(axis)
     return tuple(tuple(part.split()) for part in axis.strip("()").split("+"))
+
+
+def _check(row: Row) -> None:
+    """Refuse a row that is not in the language: tables come from users, too."""
+    stored, arrow, wanted = row.axes.partition(" -> ")
+    axes = [_parts(axis) for axis in row.stored_axes]
+    known = {*AXES, LAYERS}
+    index = re.fullmatch(r"[^\[\]]+(\[\d+\])?", row.source)
+    if not arrow or not index or re.sub(r"\(.*?\)|\w+", "", stored).strip():
+        raise _bad(row, "write source or source[index], and stored axes -> the decoder's axes")
+    unknown = {name for parts in axes for part in parts for name in part} - known
+    if unknown:
+        raise _bad(row, f"{', '.join(sorted(unknown))} is no axis; use {', '.join(sorted(known))}")
+    num_parts = [len(parts) for parts in axes if len(parts) > 1]
+    if len(num_parts) > 1 or row.part >= (num_parts[0] if num_parts else 1):
+        raise _bad(row, "one axis may have parts, and the index is one of them, counted from 0")
+    names = [name for name in _names(tuple(axes), row.part) if name != LAYERS]
+    if sorted(names) != sorted(wanted.split()):
+        raise _bad(row, f"the decoder's axes must be those of the part: {' '.join(names)}")
+    lone = [parts[0][0] for parts in axes if len(parts) == len(parts[0]) == 1]
+    axes_of = {UNPAD: lone, **dict.fromkeys(ORDERS, names)}
+    for name, value in row.ops:
+        if name not in axes_of and name not in ARITHMETIC:
+            raise _bad(row, f"{name} is no operation; use {', '.join((*ARITHMETIC, *axes_of))}")
+        if name in ARITHMETIC and not isinstance(value, int | float):
+            raise _bad(row, f"{name} needs a number, not {value!r}")
+        if name in axes_of and value not in axes_of[name]:
+            raise _bad(row, f"{name} needs one of the axes {' '.join(axes_of[name])}, not {value!r}")
+
+
+def _bad(row: Row, what: str) -> CheckpointError:
+    return CheckpointError(f"{row.source}: {row.axes!r} with {list(row.ops)} is no row of a table: {what}")
