@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
-
 import tiny_checkpoints as tiny
 
 FAMILIES = tuple(name for name in tiny.FAMILIES if "images" not in name)
-FORMATS = (
-    "safetensors",
-    "safetensors, sharded",
-    "safetensors of Flax",
-    "msgpack",
-    "msgpack, sharded",
-    "Orbax, Linen tree",
-)
-CELLS = tuple(itertools.product(FORMATS, FAMILIES))
+GEMMAS = tuple(name for name in FAMILIES if name.startswith("Gemma"))
+MAXTEXTS = tuple(name for name in FAMILIES if name != "Phi-3")
+
+FILES = ("safetensors", "safetensors, sharded", "safetensors of Flax", "msgpack", "msgpack, sharded")
+TREES = {
+    "Orbax, Linen tree": FAMILIES,
+    "Orbax, Linen tree, scanned": FAMILIES,
+    "Orbax, NNX state": FAMILIES,
+    "gemma library, nested": GEMMAS,
+    "gemma library, flat": GEMMAS,
+    "gemma library, stacked": GEMMAS,
+    "MaxText": MAXTEXTS,
+    "MaxText, scanned": MAXTEXTS,
+}
+"""What an Orbax folder holds."""
+
+FORMATS = dict.fromkeys(FILES, FAMILIES) | TREES
+"""The families that are read in each format."""
+
+CELLS = tuple((name, family) for name, families in FORMATS.items() for family in families)
 
 
 def markdown() -> str:
     """The table, between comments by which README finds it."""
     header = ("format", *FAMILIES)
-    rows = [(name, *("✓" if (name, family) in CELLS else "" for family in FAMILIES)) for name in FORMATS]
+    rows = [(name, *("✓" if family in FORMATS[name] else "" for family in FAMILIES)) for name in FORMATS]
     lines = [header, tuple("---" for _ in header), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"<!-- checkpoints: tests/checkpoint_matrix.py -->\n\n{table}\n\n<!-- end of checkpoints -->"

@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import tiny_checkpoints as tiny
+import tiny_layouts as layouts
 from flax import linen as nn
+from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
 
@@ -107,6 +110,42 @@ def test_a_train_state_of_real_classes_beside_other_things(tree, expected, tmp_p
     beside = {"params": tree, "rng": jax.random.key(0), "note": "a string"}
     tiny.save_pytree(tiny.write_config(tmp_path / "b", tiny.LLAMA) / "state", beside)
     assert_same(load_params(tmp_path / "b"), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda pure: jax.tree.map(lambda leaf: {"raw_value": leaf}, pure),  # NNX before 0.10
+        lambda pure: {"model": pure, "optimizer": {"step": {"value": 1}, "opt_state": {"mu": np.ones(3)}}},
+        lambda pure: pure | {"opt_state": {"mu": np.ones(3)}, "step": 3},
+        lambda pure: {"state": {"params": pure, "opt_state": [np.ones(3)], "step": 3}, "data": [np.ones(3)]},
+    ],
+)
+def test_trees_as_nnx_users_write_them(wrap, tree, expected, tmp_path):
+    pure = nnx.to_pure_dict(layouts.nnx_state(tree))
+    tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "state", wrap(pure))
+    assert_same(load_params(tmp_path), expected)
+
+
+def test_a_model_and_an_optimizer_in_a_step(tree, expected, tmp_path):
+    items = {"model": layouts.nnx_state(tree), "optimizer": {"mu": np.ones(3)}}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        manager.save(3, args=ocp.args.Composite(**saved))
+    assert_same(load_params(tiny.write_config(tmp_path, tiny.LLAMA)), expected)
+
+
+@pytest.mark.parametrize("save", [tiny.save_no_ocdbt, tiny.save_zarr3])
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        layouts.scanned,
+        lambda tree: jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), layouts.scanned(tree)),
+    ],
+)
+def test_stacked_layers_in_other_arrays(lay_out, save, tree, expected, tmp_path):
+    save(tiny.write_config(tmp_path, tiny.LLAMA) / "params", {"params": lay_out(tree)})
+    assert_same(load_params(tmp_path), expected)
 
 
 def test_layers_in_a_list(tree, expected, tmp_path):

@@ -106,18 +106,6 @@ def test_fused_leaves_are_checked_as_a_whole_and_named_once(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "format_name"),
-    [
-        ("params.params.decoder.layers.mlp.wi_0.kernel", "MaxText"),
-        ("transformer/layer_0/attn/q_einsum/w", "the gemma library"),
-    ],
-)
-def test_names_of_formats_that_are_not_read_yet(name, format_name, tmp_path):
-    folder = tiny.write_safetensors(tmp_path, tiny.LLAMA, {name: np.ones((2, 2), np.float32)})
-    assert f"{name} is named as by {format_name}, whose checkpoints are not read yet" in error_of(folder)
-
-
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/shard.safetensors"])
 def test_an_index_chooses_no_file_elsewhere(name, tmp_path):
     folder = tiny.write_sharded_safetensors(tmp_path, tiny.LLAMA, TENSORS)

@@ -80,7 +80,11 @@ def load_config(path: str | os.PathLike[str]) -> DecoderConfig:
         return read_config(given)
     if (given / CONFIG).is_file():
         return read_config(given / CONFIG)
-    return read_config(locate(given).find_config())
+    location = locate(given)
+    file = location.find_config()
+    if file is None:
+        raise location.no_config()
+    return read_config(file)
 
 
 def read_config(file: Path) -> DecoderConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,19 @@ FILES = (
 )
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".msgpack", ".msgpack.index.json")
 ORBAX_METADATA = "_METADATA"
+OCDBT_MANIFEST = "manifest.ocdbt"
+OLD_ORBAX_TREE = "checkpoint"
+"""The tree of an Orbax folder of before version 0.4, which has no metadata."""
 CONFIG = "config.json"
 
-# A file of an Orbax folder; the second alone tells of one whose save was never finished.
-_ORBAX_FILES = (ORBAX_METADATA, "manifest.ocdbt")
+# Files of an Orbax folder; the second alone tells of one whose save was never finished.
+_ORBAX_FILES = (ORBAX_METADATA, OCDBT_MANIFEST, OLD_ORBAX_TREE)
+# A step's folder, or a file or folder of flax.training.checkpoints.
+_STEP = re.compile(r"(checkpoint_)?(\d+)")
 # Parts of an Orbax folder that look like one, as each process leaves its own.
 _ORBAX_INNER = "ocdbt.process_"
 # Where a CheckpointManager puts the weights among other items of a step, the likeliest first.
-_STEP_ITEMS = ("default", "state", "params", "items")
+_STEP_ITEMS = ("default", "state", "params", "items", "model")
 
 _REFUSED = {
     ".safetensors": "it has safetensors files, but none named model.safetensors, nor a "
@@ -39,7 +45,8 @@ class Location:
 
     Attributes:
         given: The path that the user gave.
-        weights: A `.safetensors` or `.msgpack` file, the `.index.json` of either, or an Orbax folder.
+        weights: A `.safetensors` or `.msgpack` file, the `.index.json` of either, a msgpack file
+            `checkpoint_7`, or an Orbax folder.
     """
 
     given: Path
@@ -51,24 +58,28 @@ class Location:
         return self.weights.is_dir()
 
     @property
+    def is_old_orbax(self) -> bool:
+        """Whether they are one of before version 0.4."""
+        return not (self.weights / ORBAX_METADATA).is_file() and (self.weights / OLD_ORBAX_TREE).is_file()
+
+    @property
     def is_safetensors(self) -> bool:
         """Whether they are safetensors; msgpack files otherwise."""
         return self.weights.name.endswith(SUFFIXES[:2])
 
-    def find_config(self) -> Path:
-        """The config.json that belongs to the weights.
+    def find_config(self) -> Path | None:
+        """The config.json that belongs to the weights, if there is one.
 
         It is looked for in the given folder, then beside the weights and upwards to the given
         folder, then in the given folder's parent.
-
-        Raises:
-            CheckpointError: If there is none.
         """
+        files = (folder / CONFIG for folder in self._config_folders())
+        return next((file for file in files if file.is_file()), None)
+
+    def no_config(self) -> CheckpointError:
+        """The error where there is none, which says where it was looked for."""
         folders = self._config_folders()
-        for folder in folders:
-            if (folder / CONFIG).is_file():
-                return folder / CONFIG
-        raise CheckpointError(
+        return CheckpointError(
             f"no {CONFIG} for the weights {self.weights}; looked in "
             + ", ".join(map(str, folders))
             + self._config_hint(folders[-1])
@@ -123,7 +134,17 @@ def locate(path: str | os.PathLike[str]) -> Location:
 
 
 def _is_readable(path: Path) -> bool:
-    return path.is_dir() or path.name.endswith(SUFFIXES)
+    return path.is_dir() or path.name.endswith(SUFFIXES) or _is_flax_training(path)
+
+
+def _is_flax_training(path: Path) -> bool:
+    """Whether flax.training.checkpoints may have written a file."""
+    return path.is_file() and path.name.startswith("checkpoint_") and _step(path) is not None
+
+
+def _step(path: Path) -> int | None:
+    found = _STEP.fullmatch(path.name)
+    return None if found is None else int(found[2])
 
 
 def _is_orbax(folder: Path) -> bool:
@@ -131,17 +152,16 @@ def _is_orbax(folder: Path) -> bool:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Every checkpoint that a folder may mean."""
+    """Every checkpoint that a folder may mean; of numbered ones, the newest."""
     if _is_orbax(folder):
         return [folder, *_files(folder)]
-    children = sorted(child for child in folder.iterdir() if child.is_dir())
-    found = [child for child in children if _is_orbax(child) and not child.name.startswith(_ORBAX_INNER)]
-    steps = [child for child in children if child.name.isdigit() and child not in found]
-    newest = max(steps, key=lambda step: int(step.name), default=None)
-    if newest is not None:
-        found.extend(_step_candidates(newest))
-    elif len(found) > 1 and all(child.name.isdigit() for child in found):
-        found = [max(found, key=lambda step: int(step.name))]
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith(_ORBAX_INNER))
+    weights = [child for child in children if _is_orbax(child) or _is_flax_training(child)]
+    steps = [child for child in children if _step(child) is not None and (child.is_dir() or child in weights)]
+    found = [child for child in weights if child not in steps]
+    if steps:
+        newest = max(steps, key=lambda child: _step(child) or 0)
+        found += [newest] if newest in weights else _step_candidates(newest)
     return found + _files(folder)
 
 
@@ -162,6 +182,7 @@ def _why_nothing(given: Path) -> str:
         if any(name.endswith(suffix) for name in names):
             return f"cannot load {given}: {reason}"
     return (
-        f"no checkpoint at {given}; looked for {', '.join(FILES)}, and an Orbax folder (one with "
-        f"{ORBAX_METADATA}) there, in its folders, and in the newest of its numbered steps"
+        f"no checkpoint at {given}; looked for {', '.join(FILES)}, flax.training's checkpoint_N with a "
+        f"number, and an Orbax folder (one with {', '.join(_ORBAX_FILES)}) there, in its folders, and in the "
+        "newest of its numbered steps"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,27 +17,27 @@ from jaxattn.models import DecoderConfig, abstract_params
 
 HEAD = "head"
 
-# What Linen users and multimodal models write otherwise, brought to one spelling, in this order.
+# What users of Linen, NNX and multimodal models write otherwise, brought to one spelling, in this order.
 SPELLINGS = (
     (r"\.", "/"),  # torch
-    (r"^(params/){1,2}", ""),  # the variable collection
-    (r"/value$", ""),  # a boxed leaf: nn.with_partitioning
+    (r"^(\w+/)?(params/){1,2}", ""),  # the variable collection, also of a TrainState among other things
+    (r"/(value|raw_value)$", ""),  # a boxed leaf: nn.with_partitioning, nnx.Param
     (r"^(model/)?language_model/", ""),  # Gemma 3 with a tower of vision: two spellings
-    (r"^model/", ""),
+    (r"^((model|transformer)/)+", ""),
     (r"^layers_(\d+)/", r"layers/\1/"),
+    (r"/mlp/(gating_einsum|linear)/w$", r"/mlp/\1"),  # the gemma library's released files
     (r"/scale$", "/weight"),
 )
 
-# Leaves without use here: rotary embedding is computed from the config, and images are not read.
-IGNORED = re.compile(r"(^|/)(rotary_emb|vision_tower|multi_modal_projector)/")
+# Leaves without use here: rotary embedding is computed from the config, images are not read, and NNX keeps
+# random keys and optimizers beside the parameters.
+IGNORED = re.compile(
+    r"(^|/)(rotary_emb|vision_tower|multi_modal_projector|vision_encoder|SigLiPFromPatches_0|rngs)/"
+    r"|(^|/)embedder/mm_"
+    r"|^(opt_state|optimizer)/|^(step|count)(/value)?$"
+)
 
-# Formats whose names are not read yet, by what tells them.
-OTHERS = {
-    "MaxText": re.compile(r"^(decoder/layers|decoder/decoder_norm|token_embedder)(/|$)"),
-    "the gemma library": re.compile(r"(^|/)(q_einsum|qkv_einsum|kv_einsum|input_embedding)(/|$)"),
-}
-
-_LAYER = re.compile(r"^layers/(\d+)/")
+_LAYER = re.compile(r"^(?:decoder/)?layers?[/_](\d+)/")
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -68,12 +68,14 @@ class Plan(NamedTuple):
         overrules_tie: Whether that head is stored against the word of the config.
         sources: Name of the stored leaf, by the name of the decoder's leaf.
         layouts: Its axes, by the same name.
+        layers: Where the decoder's leaf is in a stack of layers, by the same name; 0 where there is none.
     """
 
     config: DecoderConfig
     overrules_tie: bool
     sources: dict[str, str]
     layouts: dict[str, Layout]
+    layers: dict[str, int]
 
 
 def leaf_name(path: tuple) -> str:
@@ -83,8 +85,7 @@ def leaf_name(path: tuple) -> str:
 
 def expand(table: tuple[Row, ...], config: DecoderConfig) -> dict[str, Row]:
     """The rows of all leaves that the decoder has, by leaf, with layers filled in."""
-    leaves = jax.tree.leaves_with_path(abstract_params(config, jnp.float32))
-    wanted = {leaf_name(path) for path, _ in leaves}
+    wanted = _parameters(config)
     rows = {}
     for row in table:
         for i in range(config.num_layers if "{i}" in row.destination else 1):
@@ -92,6 +93,12 @@ def expand(table: tuple[Row, ...], config: DecoderConfig) -> dict[str, Row]:
             if filled.destination in wanted:
                 rows[filled.destination] = filled
     return rows
+
+
+def _parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves that the decoder has."""
+    leaves = jax.tree.leaves_with_path(abstract_params(config, jnp.float32))
+    return {leaf_name(path): leaf.shape for path, leaf in leaves}
 
 
 def normalize(name: str) -> str:
@@ -118,17 +125,18 @@ def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[Row, .
     """
     names = weights_among(leaves)
     stored = {normalize(name): name for name in names}
-    head = next(normalize(row.name) for row in table if row.destination == HEAD)
-    overrules_tie = config.tie_embeddings and head in stored
+    heads = {normalize(row.name) for row in table if row.destination == HEAD}
+    overrules_tie = config.tie_embeddings and not heads.isdisjoint(stored)
     if overrules_tie:
         config = dataclasses.replace(config, tie_embeddings=False)
     rows = expand(table, config)
-    layouts = {name: Layout.of(row, config) for name, row in rows.items()}
+    counts = Counter(row.source for row in rows.values())
+    layouts = {name: Layout.of(row, config, num_layers=counts[row.source]) for name, row in rows.items()}
     sources = {name: stored.get(normalize(row.name)) for name, row in rows.items()}
     found = {name: source for name, source in sources.items() if source is not None}
     problems = [
-        *_other_format(stored),
-        *_wrong_depth(stored, config),
+        *_not_the_decoders(layouts, config),
+        *_wrong_depth(stored, rows, config),
         *_doubled(names),
         *_unused(stored, rows),
         *(_missing(rows[name], layouts[name]) for name in rows if name not in found),
@@ -137,28 +145,60 @@ def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[Row, .
     if problems:
         # Several rows read one fused leaf, and complain of the same.
         raise CheckpointError("the weights do not fit the config:\n  " + "\n  ".join(dict.fromkeys(problems)))
-    return Plan(config, overrules_tie, found, layouts)
+    return Plan(config, overrules_tie, found, layouts, _places(rows))
 
 
 def weights_among(leaves: Mapping[str, Leaf]) -> list[str]:
     """Names of the parameters, without an optimizer's state beside them, or what has no use here."""
-    of_params = [name for name in leaves if name.startswith("params/")]
-    return [name for name in of_params or leaves if not IGNORED.search(name.replace(".", "/"))]
+    names = list(leaves)
+    for place in (r"params/", r"\w+/params/"):
+        found = [name for name in leaves if re.match(place, name)]
+        if found:
+            names = found
+            break
+    return [name for name in names if not IGNORED.search(name.replace(".", "/"))]
 
 
-def _other_format(stored: Mapping[str, str]) -> list[str]:
-    for format_name, pattern in OTHERS.items():
-        named = next((name for spelling, name in stored.items() if pattern.search(spelling)), None)
-        if named is not None:
-            return [f"{named} is named as by {format_name}, whose checkpoints are not read yet"]
-    return []
+def spelled_shapes(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters, by name in the one spelling."""
+    return {normalize(name): leaves[name].shape for name in weights_among(leaves)}
 
 
-def _wrong_depth(stored: Mapping[str, str], config: DecoderConfig) -> list[str]:
-    layers = {int(layer[1]) for name in stored if (layer := _LAYER.match(name))}
-    if not layers or max(layers) + 1 == config.num_layers:
+def _places(rows: Mapping[str, Row]) -> dict[str, int]:
+    """The place of each leaf among those whose rows name the same source."""
+    before: Counter[str] = Counter()
+    places = {}
+    for name, row in rows.items():
+        places[name] = before[row.source]
+        before[row.source] += 1
+    return places
+
+
+def _not_the_decoders(layouts: Mapping[str, Layout], config: DecoderConfig) -> list[str]:
+    """What a table says of the decoder that is not so."""
+    wanted = _parameters(config)
+    uncovered = [name for name in wanted if name not in layouts]
+    others = [name for name in layouts if layouts[name].decoded != wanted[name]]
+    return [
+        *(f"the config asks for {name}, which no row of the table is for" for name in uncovered),
+        *(
+            f"{name} is {wanted[name]} in the decoder, {layouts[name].decoded} in the table"
+            for name in others
+        ),
+    ]
+
+
+def _wrong_depth(stored: Mapping[str, str], rows: Mapping[str, Row], config: DecoderConfig) -> list[str]:
+    has, wants = _depth(stored), _depth(normalize(row.name) for row in rows.values())
+    if has in (0, wants) or wants == 0:
         return []
-    return [f"the weights have {max(layers) + 1} layers, num_hidden_layers={config.num_layers}"]
+    per_block = config.num_layers // wants  # MaxText stores Gemma 2 in pairs
+    return [f"the weights have {has * per_block} layers, num_hidden_layers={config.num_layers}"]
+
+
+def _depth(names: Iterable[str]) -> int:
+    """How many layers, counted one by one, names speak of."""
+    return max((int(layer[1]) + 1 for name in names if (layer := _LAYER.match(name))), default=0)
 
 
 def _doubled(names: list[str]) -> list[str]:
@@ -182,8 +222,8 @@ def _missing(row: Row, layout: Layout) -> str:
 
 def _misfits(source: str, leaf: Leaf, layout: Layout) -> list[str]:
     problems = []
-    if leaf.shape not in layout.shapes:
-        transposed = " (transposed?)" if leaf.shape[::-1] in layout.shapes else ""
+    if not layout.fits(leaf.shape):
+        transposed = " (transposed?)" if layout.fits(leaf.shape[::-1]) else ""
         problems.append(
             f"shape: {source} is stored as {leaf.shape}{transposed}, the config needs {layout.describe()}"
         )

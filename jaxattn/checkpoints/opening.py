@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxattn.checkpoints.errors import CheckpointError
+from jaxattn.checkpoints.gemma_table import is_gemma_library
+from jaxattn.checkpoints.gemma_variants import infer_config
 from jaxattn.checkpoints.hf_config import read_config
 from jaxattn.checkpoints.locate import Location, locate
-from jaxattn.checkpoints.mapping import Leaf, Plan, leaf_name, match
+from jaxattn.checkpoints.mapping import Leaf, Plan, leaf_name, match, spelled_shapes
+from jaxattn.checkpoints.maxtext_table import is_maxtext
 from jaxattn.checkpoints.rows import Layout
 from jaxattn.checkpoints.tables import choose_table
 from jaxattn.checkpoints.weights import Weights
@@ -42,15 +47,16 @@ class Checkpoint:
         leaves = {}
         for source, stored in self.weights.read(set(plan.sources.values())):
             for name in [name for name in plan.sources if plan.sources[name] == source]:
-                leaves[name] = convert(stored, layout=plan.layouts[name], dtype=self.dtype)
+                layer = np.int32(plan.layers[name])
+                leaves[name] = convert(stored, layer, layout=plan.layouts[name], dtype=self.dtype)
         parameters = abstract_params(plan.config, self.dtype)
         return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], parameters)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "dtype"))
-def convert(stored: jax.Array, *, layout: Layout, dtype: jnp.dtype) -> jax.Array:
-    """A stored array as a leaf of the decoder; one small program per kind of leaf."""
-    return layout.to_decoder(stored).astype(dtype)
+def convert(stored: jax.Array, layer: jax.typing.ArrayLike, *, layout: Layout, dtype: jnp.dtype) -> jax.Array:
+    """A stored array, or a layer of it, as a leaf of the decoder; one small program per kind of leaf."""
+    return layout.to_decoder(stored, layer).astype(dtype)
 
 
 def open_checkpoint(
@@ -72,12 +78,27 @@ def open_checkpoint(
     """
     wanted = None if dtype is None else _check_dtype(dtype)
     location = locate(path)
-    config = read_config(location.find_config()) if config is None else config
+    file = location.find_config() if config is None else None
+    config = read_config(file) if file is not None else config
     weights = open_weights(location)
     leaves = weights.leaves
+    config = _infer_config(location, leaves) if config is None else config
     plan = match(leaves, config, choose_table(leaves, config))
     wanted = _stored_dtype(leaves[plan.sources["embed"]]) if wanted is None else wanted
     return Checkpoint(weights, plan, wanted)
+
+
+def _infer_config(location: Location, leaves: Mapping[str, Leaf]) -> DecoderConfig:
+    """The config of weights beside which there is none."""
+    shapes = spelled_shapes(leaves)
+    if is_gemma_library(shapes):
+        return infer_config(shapes)
+    if is_maxtext(shapes):
+        raise CheckpointError(
+            f"{location.no_config()}. MaxText writes none: put the config.json of the model's Hugging Face "
+            "repository beside the weights, or give config="
+        )
+    raise location.no_config()
 
 
 def open_weights(location: Location) -> Weights:
@@ -88,6 +109,10 @@ def open_weights(location: Location) -> Weights:
     """
     # Imported here, as Orbax takes 0.6 s and Flax 0.4 s of a session's start, `import jaxattn` 1 s,
     # and many sessions load nothing.
+    if location.is_old_orbax:
+        from jaxattn.checkpoints.old_orbax_weights import open_old_orbax
+
+        return open_old_orbax(location.weights)
     if location.is_orbax:
         from jaxattn.checkpoints.orbax_weights import open_orbax
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from etils import epath
 from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.locate import ORBAX_METADATA
 from jaxattn.checkpoints.mapping import Leaf
-from jaxattn.checkpoints.weights import join, walk
+from jaxattn.checkpoints.weights import join, leads_outside, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def _check_names(file: Path) -> None:
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {summarize(error)}") from error
     for name in names:
-        if PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
+        if leads_outside(name):
             raise CheckpointError(f"{file} names an array outside its folder: {name!r}")
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.models import DecoderConfig
 
 
@@ -30,14 +31,38 @@ AXES = {
     "h": Axis("head_dim", "head_dim"),
 }
 
+LAYERS = "l"
+"""The axis of a stack: the layers whose rows name the same source, in their order."""
+
+MAX_PADDING = 1024
+"""Rows that a padded axis may have too many: more would be another model's vocabulary."""
+
 Part = tuple[str, ...]
 """Names of fused axes."""
 
-# What a row may do to numbers, and what undoes it.
-OPERATIONS: dict[str, tuple[Callable, Callable]] = {
+Op = tuple[str, float | str]
+"""A name, and a number or the letter of an axis."""
+
+
+def _deinterleave(array: jax.Array, axis: int) -> jax.Array:
+    """From x₀ y₀ x₁ y₁ to x₀ x₁ y₀ y₁, and so on along an axis."""
+    pairs = array.reshape(*array.shape[:axis], -1, 2, *array.shape[axis + 1 :])
+    return pairs.swapaxes(axis, axis + 1).reshape(array.shape)
+
+
+def _interleave(array: jax.Array, axis: int) -> jax.Array:
+    halves = array.reshape(*array.shape[:axis], 2, -1, *array.shape[axis + 1 :])
+    return halves.swapaxes(axis, axis + 1).reshape(array.shape)
+
+
+# What a row may do to numbers, or to the order along an axis, and what undoes it.
+ARITHMETIC: dict[str, tuple[Callable, Callable]] = {
     "scale": (jnp.multiply, jnp.divide),
     "add": (jnp.add, jnp.subtract),
 }
+ORDERS: dict[str, tuple[Callable, Callable]] = {"rope_deinterleave": (_deinterleave, _interleave)}
+UNPAD = "unpad"
+"""The operation on a stored axis that is longer than it should be: its first entries are taken."""
 
 
 class Row(NamedTuple):
@@ -45,20 +70,22 @@ class Row(NamedTuple):
 
     Axes are letters of `AXES`. Of the stored ones, those in brackets are fused, `(n h)`, or one after the
     other, `(n h + k h + k h)`; a number, `2`, is a stack of so many. Of the latter two the source says with
-    which part the row goes on: `qkv_proj.weight[0]`, `kv_einsum/w[1]`.
+    which part the row goes on: `qkv_proj.weight[0]`, `kv_einsum/w[1]`. And `l` is a stack of layers: of all
+    whose rows name this source, in their order.
 
     Attributes:
         destination: Leaf of the decoder's parameters; `{i}` is the layer.
-        source: Leaf of the checkpoint, with the index of a part if it has parts.
+        source: Leaf of the checkpoint, with the index of a part if it has parts; `{i}` again.
         axes: Stored axes -> the decoder's axes. Fused ones may as well be stored apart.
-        ops: Names of `OPERATIONS` with their number, in order: `(("scale", 0.125), ("add", 1.0))`. They are
-            computed in float32.
+        ops: What is done to the numbers, in order: `("scale", 0.125)` and `("add", 1.0)`, computed in
+            float32; `("rope_deinterleave", "h")`, where the numbers that rotate together lie beside each
+            other; `("unpad", "v")`, which takes the first of an axis that is stored too long.
     """
 
     destination: str
     source: str
     axes: str
-    ops: tuple[tuple[str, float], ...] = ()
+    ops: tuple[Op, ...] = ()
 
     @property
     def name(self) -> str:
@@ -82,72 +109,123 @@ class Layout(NamedTuple):
     Attributes:
         axes: The stored axes: each the names in its parts, one after the other.
         part: The part of those that have several.
-        order: The decoder's axes, as positions among the names of that part.
+        order: The decoder's axes, as positions among the names of that part, layers left out.
         sizes: Of each axis name.
         ops: As of `Row`.
+        padded: Positions of the stored axes that may be too long.
     """
 
     axes: tuple[tuple[Part, ...], ...]
     part: int
     order: tuple[int, ...]
     sizes: tuple[tuple[str, int], ...]
-    ops: tuple[tuple[str, float], ...]
+    ops: tuple[Op, ...]
+    padded: tuple[int, ...]
 
     @classmethod
-    def of(cls, row: Row, config: DecoderConfig) -> Layout:
-        """Read a row's axes."""
+    def of(cls, row: Row, config: DecoderConfig, *, num_layers: int = 1) -> Layout:
+        """Read a row's axes, of a source that is a stack of so many layers.
+
+        Raises:
+            CheckpointError: If the row is not in the language.
+        """
+        _check(row)
         axes = tuple(map(_parts, row.stored_axes))
-        names = [name for parts in axes for name in parts[row.part if len(parts) > 1 else 0]]
-        sizes = {name: getattr(config, AXES[name].field) for parts in axes for part in parts for name in part}
-        order = tuple(names.index(name) for name in row.axes.partition(" -> ")[2].split())
-        return cls(axes, row.part, order, tuple(sizes.items()), row.ops)
+        wanted = row.axes.partition(" -> ")[2].split()
+        sizes = {
+            name: num_layers if name == LAYERS else getattr(config, AXES[name].field)
+            for parts in axes
+            for part in parts
+            for name in part
+        }
+        names = [name for name in _names(axes, row.part) if name != LAYERS]
+        return cls(
+            axes=axes,
+            part=row.part,
+            order=tuple(names.index(name) for name in wanted),
+            sizes=tuple(sizes.items()),
+            ops=row.ops,
+            padded=tuple(axis for axis, parts in enumerate(axes) if (UNPAD, *parts[0]) in row.ops),
+        )
+
+    @property
+    def decoded(self) -> tuple[int, ...]:
+        """The shape that the decoder has."""
+        sizes = dict(self.sizes)
+        names = [name for name in _names(self.axes, self.part) if name != LAYERS]
+        return tuple(sizes[names[position]] for position in self.order)
 
     @property
     def fused(self) -> tuple[int, ...]:
-        """The stored shape."""
+        """The stored shape, without padding."""
         return tuple(sum(map(self._size, parts)) for parts in self.axes)
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes that may be stored: with axes fused or, of an array without parts, apart."""
-        has_parts = any(len(parts) > 1 for parts in self.axes)
-        return (self.fused,) if has_parts else (self.fused, self._apart)
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array may be stored so: with axes fused or, of one without parts, apart."""
+        if shape == self._apart and all(len(parts) == 1 for parts in self.axes):
+            return True
+        return len(shape) == len(self.axes) and all(
+            0 <= size - wanted <= (MAX_PADDING if axis in self.padded else 0)
+            for axis, (size, wanted) in enumerate(zip(shape, self.fused, strict=True))
+        )
 
-    def to_decoder(self, stored: jax.Array) -> jax.Array:
-        """A stored array as the decoder has it, but for its dtype."""
+    def to_decoder(self, stored: jax.Array, layer: jax.typing.ArrayLike = 0) -> jax.Array:
+        """A stored array, or that layer of it, as the decoder has it, but for its dtype."""
         for axis, parts in enumerate(self.axes):
-            if len(parts) > 1:
-                start = sum(map(self._size, parts[: self.part]))
-                size = self._size(parts[self.part])
-                stored = lax.slice_in_dim(stored, start, start + size, axis=axis)
-        array = stored.reshape(self._apart).transpose(self.order)
-        for name, value in self.ops:
-            array = OPERATIONS[name][0](array.astype(jnp.float32), jnp.float32(value))
+            if len(parts) > 1 or axis in self.padded:
+                part = self.part if len(parts) > 1 else 0
+                start = sum(map(self._size, parts[:part]))
+                stored = lax.slice_in_dim(stored, start, start + self._size(parts[part]), axis=axis)
+        array = stored.reshape(self._apart)
+        names = _names(self.axes, self.part)
+        if LAYERS in names:
+            array = lax.dynamic_index_in_dim(array, layer, names.index(LAYERS), keepdims=False)
+        array = array.transpose(self.order)
+        for op in self.ops:
+            array = self._operate(op, 0, array)
         return array
 
     def to_stored(self, array: jax.Array) -> jax.Array:
-        """One of the decoder's arrays as it is stored; undoes `to_decoder` of an array without parts."""
-        for name, value in reversed(self.ops):
-            array = OPERATIONS[name][1](array.astype(jnp.float32), jnp.float32(value))
+        """One of the decoder's arrays as it is stored; undoes `to_decoder` of an array of its own."""
+        for op in reversed(self.ops):
+            array = self._operate(op, 1, array)
         back = tuple(self.order.index(position) for position in range(len(self.order)))
         return array.transpose(back).reshape(self.fused)
 
     def describe(self) -> str:
         """The stored shape and where it comes from: (8, 32) = (hidden_size, num_key_value_heads*head_dim)."""
-        keys = [
-            "+".join("*".join(AXES[name].key for name in part) or "1" for part in parts)
-            for parts in self.axes
-        ]
+        keys = ["+".join("*".join(map(_key, part)) or "1" for part in parts) for parts in self.axes]
+        for axis in self.padded:
+            keys[axis] += " or a few more"
         return f"{self.fused} = ({', '.join(keys)})"
 
     @property
     def _apart(self) -> tuple[int, ...]:
         sizes = dict(self.sizes)
-        return tuple(sizes[name] for parts in self.axes for name in parts[self.part if len(parts) > 1 else 0])
+        return tuple(sizes[name] for name in _names(self.axes, self.part))
+
+    def _operate(self, op: Op, direction: int, array: jax.Array) -> jax.Array:
+        """Do to one of the decoder's arrays what an operation says, or with direction 1 undo it."""
+        name, value = op
+        if name == UNPAD:  # done already, to the stored array
+            return array
+        if isinstance(value, str):
+            names = [name for name in _names(self.axes, self.part) if name != LAYERS]
+            return ORDERS[name][direction](array, self.order.index(names.index(value)))
+        return ARITHMETIC[name][direction](array.astype(jnp.float32), jnp.float32(value))
 
     def _size(self, part: Part) -> int:
         sizes = dict(self.sizes)
         return math.prod(sizes[name] for name in part)
+
+
+def _key(axis: str) -> str:
+    return "layers stacked" if axis == LAYERS else AXES[axis].key
+
+
+def _names(axes: tuple[tuple[Part, ...], ...], part: int) -> list[str]:
+    """The names of all axes, of those with parts in that part."""
+    return [name for parts in axes for name in parts[part if len(parts) > 1 else 0]]
 
 
 def _parts(axis: str) -> tuple[Part, ...]:
@@ -155,3 +233,35 @@ def _parts(axis: str) -> tuple[Part, ...]:
     if axis.isdigit():
         return ((),) * int(axis)
     return tuple(tuple(part.split()) for part in axis.strip("()").split("+"))
+
+
+def _check(row: Row) -> None:
+    """Refuse a row that is not in the language: tables come from users, too."""
+    stored, arrow, wanted = row.axes.partition(" -> ")
+    axes = [_parts(axis) for axis in row.stored_axes]
+    known = {*AXES, LAYERS}
+    index = re.fullmatch(r"[^\[\]]+(\[\d+\])?", row.source)
+    if not arrow or not index or re.sub(r"\(.*?\)|\w+", "", stored).strip():
+        raise _bad(row, "write source or source[index], and stored axes -> the decoder's axes")
+    unknown = {name for parts in axes for part in parts for name in part} - known
+    if unknown:
+        raise _bad(row, f"{', '.join(sorted(unknown))} is no axis; use {', '.join(sorted(known))}")
+    num_parts = [len(parts) for parts in axes if len(parts) > 1]
+    if len(num_parts) > 1 or row.part >= (num_parts[0] if num_parts else 1):
+        raise _bad(row, "one axis may have parts, and the index is one of them, counted from 0")
+    names = [name for name in _names(tuple(axes), row.part) if name != LAYERS]
+    if sorted(names) != sorted(wanted.split()):
+        raise _bad(row, f"the decoder's axes must be those of the part: {' '.join(names)}")
+    lone = [parts[0][0] for parts in axes if len(parts) == len(parts[0]) == 1]
+    axes_of = {UNPAD: lone, **dict.fromkeys(ORDERS, names)}
+    for name, value in row.ops:
+        if name not in axes_of and name not in ARITHMETIC:
+            raise _bad(row, f"{name} is no operation; use {', '.join((*ARITHMETIC, *axes_of))}")
+        if name in ARITHMETIC and not isinstance(value, int | float):
+            raise _bad(row, f"{name} needs a number, not {value!r}")
+        if name in axes_of and value not in axes_of[name]:
+            raise _bad(row, f"{name} needs one of the axes {' '.join(axes_of[name])}, not {value!r}")
+
+
+def _bad(row: Row, what: str) -> CheckpointError:
+    return CheckpointError(f"{row.source}: {row.axes!r} with {list(row.ops)} is no row of a table: {what}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
-from jaxattn.checkpoints.mapping import HEAD, Leaf, normalize, weights_among
-from jaxattn.checkpoints.rows import Row
+from jaxattn.checkpoints.gemma_table import gemma_table, is_gemma_library
+from jaxattn.checkpoints.mapping import HEAD, Leaf, spelled_shapes
+from jaxattn.checkpoints.maxtext_table import is_maxtext, maxtext_table
+from jaxattn.checkpoints.rows import LAYERS, Row
 from jaxattn.models import DecoderConfig
 
 # Torch stores matrices as [out, in].
@@ -68,11 +71,28 @@ def choose_table(leaves: Mapping[str, Leaf], config: DecoderConfig) -> tuple[Row
     Args:
         leaves: The stored leaves, by name.
         config: The decoder.
+
+    Raises:
+        CheckpointError: If they may mean one thing or the other.
     """
-    spelled = [normalize(name) for name in weights_among(leaves)]
-    fused = any("/qkv_proj/" in name for name in spelled)
-    flax = any(name.endswith(("/kernel", "/embedding")) for name in spelled)
-    return flax_table(config, fused=fused) if flax else torch_table(config, fused=fused)
+    shapes = spelled_shapes(leaves)
+    if is_gemma_library(shapes):
+        return gemma_table(shapes, config)
+    if is_maxtext(shapes):
+        return maxtext_table(shapes, config)
+    fused = any("/qkv_proj/" in name for name in shapes)
+    flax = any(name.endswith(("/kernel", "/embedding")) for name in shapes)
+    table = flax_table(config, fused=fused) if flax else torch_table(config, fused=fused)
+    scanned = any(re.match(r"layers/\D", name) for name in shapes)
+    return tuple(map(_scanned, table)) if scanned else table
+
+
+def _scanned(row: Row) -> Row:
+    """A row of layers that nn.scan or nnx.scan has stacked."""
+    if "{i}" not in row.source:
+        return row
+    name = re.sub(r"([./])\{i\}", "", row.source)
+    return row._replace(source=name, axes=f"{LAYERS} {row.axes}")
 
 
 def _in_flax(row: Row) -> Row:

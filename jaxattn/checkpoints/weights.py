@@ -51,6 +51,11 @@ def join(path: Path) -> str:
     return "/".join(map(str, path))
 
 
+def leads_outside(name: str) -> bool:
+    """Whether the name of an array, as a path in a checkpoint's folder, leads out of it."""
+    return pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name
+
+
 def to_device(array: np.ndarray, leaf: Leaf) -> jax.Array:
     """An array of the host's on the device, without sharing its memory."""
     wanted = leaf.abstract
