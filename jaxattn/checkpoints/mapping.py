@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -47,6 +48,14 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in memory; 0 of what is no number NumPy or JAX knows."""
+        try:
+            return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        except TypeError:
+            return 0
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:
@@ -118,7 +127,7 @@ def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[Row, .
     """
     names = weights_among(leaves)
     stored = {normalize(name): name for name in names}
-    head = next(normalize(row.name) for row in table if row.destination == HEAD)
+    head = next((normalize(row.name) for row in table if row.destination == HEAD), None)
     overrules_tie = config.tie_embeddings and head in stored
     if overrules_tie:
         config = dataclasses.replace(config, tie_embeddings=False)
