@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +22,7 @@ import numpy as np
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
 from jaxattn.cache import QUANTIZED_DTYPES
-from jaxattn.checkpoints import load_model
+from jaxattn.checkpoints import MANIFEST, load_config, load_model
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
 from jaxattn.demo import run_demo
@@ -33,7 +33,7 @@ from jaxattn.generate import (
     generate,
     plan_generation,
 )
-from jaxattn.models import Programs
+from jaxattn.models import Model, Programs
 from jaxattn.spec import AttentionSpec
 from jaxattn.tune import default_plan, run_tune
 
@@ -120,8 +120,14 @@ def _command(commands, name: str, function, summary: str) -> argparse.ArgumentPa
     return command
 
 
+def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or its very file")
+    parser.add_argument("--config", type=Path, metavar="FILE.json", help="default: the config.json with it")
+    parser.add_argument("--table", type=Path, metavar="FILE.json", help="names of leaves that are your own")
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint with its config.json")
+    _add_checkpoint_options(parser)
     parser.add_argument(
         "--prompt-ids",
         action="append",
@@ -130,6 +136,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help='token ids of one prompt, such as "1 5 9"; once per prompt',
     )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
+    parser.add_argument("--compile-cache", type=Path, metavar="FOLDER", help="keep compiled programs there")
+    parser.add_argument("--check-finite", action="store_true", help="refuse weights with NaN or infinity")
+    parser.add_argument("--verify", action="store_true", help=f"compare files with {MANIFEST} first")
     parser.add_argument("--implementation", default="auto", choices=("auto", *IMPLEMENTATIONS))
 
 
@@ -176,7 +185,7 @@ def _generate(options: argparse.Namespace) -> None:
         [len(prompt) for prompt in prompts], options.max_new_tokens, page_size=options.page_size
     )
 
-    def precompile(programs: Programs) -> None:
+    def compile_run(programs: Programs) -> None:
         compile_generation(
             programs,
             plan,
@@ -192,7 +201,7 @@ def _generate(options: argparse.Namespace) -> None:
                 implementation=options.implementation,
             )
 
-    model = load_model(options.path, dtype=options.dtype, precompile=precompile)
+    model = _load(options, compile_run)
     tokens = generate(
         model,
         prompts,
@@ -212,13 +221,26 @@ def _generate(options: argparse.Namespace) -> None:
         print(f"{i}: {' '.join(map(str, new))}")
 
 
+def _load(options: argparse.Namespace, *buckets: Callable[[Programs], object]) -> Model:
+    return load_model(
+        options.path,
+        None if options.config is None else load_config(options.config),
+        dtype=options.dtype,
+        table=options.table,
+        buckets=buckets,
+        cache_dir=options.compile_cache,
+        check_finite=options.check_finite,
+        verify=options.verify,
+    )
+
+
 def _logits(options: argparse.Namespace) -> None:
     prompts = _prompts(options.prompt_ids)
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file in it")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist; create it")
-    model = load_model(options.path, dtype=options.dtype)
+    model = _load(options)
     logits = compute_logits(model, prompts, implementation=options.implementation)
     with options.out.open("wb") as file:  # an open file, since savez would append to the name
         np.savez(file, allow_pickle=False, **{f"logits_{i}": array for i, array in enumerate(logits)})

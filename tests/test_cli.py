@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxattn import DecoderConfig, Model, compute_logits, generate, save_model, tune
+from jaxattn import DecoderConfig, Model, compute_logits, generate, save_params, tune
 from jaxattn.choice_table import VARIABLE, read_table
 from jaxattn.cli import run
 from jaxattn.models import init_params
@@ -37,7 +37,7 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def path(model, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("cli") / "checkpoint"
-    save_model(path, model)
+    save_params(path, model.params, model.config)
     return str(path)
 
 
