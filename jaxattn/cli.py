@@ -1,4 +1,4 @@
-"""The command line: demo, generate, logits, info, tune.
+"""The command line: demo, generate, logits, inspect, info, tune.
 
 An error is one line on standard error and exit status 2; `--debug` shows the traceback.
 """
@@ -14,15 +14,19 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
 from jaxattn.cache import QUANTIZED_DTYPES
-from jaxattn.checkpoints import MANIFEST, load_config, load_model
+from jaxattn.checkpoints import MANIFEST, Inspection, inspect, load_config, load_model
+from jaxattn.checkpoints.inspection import fold_layers
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
 from jaxattn.demo import run_demo
@@ -33,7 +37,7 @@ from jaxattn.generate import (
     generate,
     plan_generation,
 )
-from jaxattn.models import Model, Programs
+from jaxattn.models import DecoderConfig, Model, Programs
 from jaxattn.spec import AttentionSpec
 from jaxattn.tune import default_plan, run_tune
 
@@ -100,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument(
         "--out", type=Path, required=True, metavar="FILE.npz", help="arrays logits_0, logits_1, …"
     )
+
+    inspect_ = _command(commands, "inspect", _inspect, "what a checkpoint is and holds; reads no weight")
+    _add_checkpoint_options(inspect_)
+    inspect_.add_argument("--all-leaves", action="store_true", help="one line per leaf, not per kind")
+    inspect_.add_argument("--json", action="store_true", help="print one JSON object")
 
     info = _command(commands, "info", _info, "versions, devices, what auto chooses, and why")
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -224,7 +233,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace, *buckets: Callable[[Programs], object]) -> Model:
     return load_model(
         options.path,
-        None if options.config is None else load_config(options.config),
+        _config(options),
         dtype=options.dtype,
         table=options.table,
         buckets=buckets,
@@ -232,6 +241,10 @@ def _load(options: argparse.Namespace, *buckets: Callable[[Programs], object]) -
         check_finite=options.check_finite,
         verify=options.verify,
     )
+
+
+def _config(options: argparse.Namespace) -> DecoderConfig | None:
+    return None if options.config is None else load_config(options.config)
 
 
 def _logits(options: argparse.Namespace) -> None:
@@ -245,6 +258,65 @@ def _logits(options: argparse.Namespace) -> None:
     with options.out.open("wb") as file:  # an open file, since savez would append to the name
         np.savez(file, allow_pickle=False, **{f"logits_{i}": array for i, array in enumerate(logits)})
     print(f"wrote {len(logits)} arrays to {options.out}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    found = inspect(options.path, _config(options), table=options.table)
+    if options.json:
+        print(json.dumps(_as_json(found)))
+        return
+    config = {} if found.config is None else _differences(found.config)
+    facts = {
+        "weights": str(found.path),
+        "format": found.format,
+        "names": found.layout,
+        "family": found.family or "not known",
+        "config": ", ".join(f"{name}={value}" for name, value in config.items()) or "none",
+        "parameters": f"{found.num_params:,}",
+        "leaves": ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
+        "bytes": f"{found.num_bytes:,}",
+        "can be loaded": "no" if found.problems else "yes",
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        grid.add_row(name, Text(value))
+    leaves = Table("leaf", "shape", "dtype", Column("×", justify="right"), box=None)
+    kinds = {item: 1 for item in found.leaves.items()} if options.all_leaves else fold_layers(found.leaves)
+    for (name, leaf), count in kinds.items():
+        leaves.add_row(Text(name), str(list(leaf.shape)), leaf.dtype, str(count))
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    console.print(grid)
+    console.print(leaves)
+    for problem in found.problems:
+        console.print(Text(problem))
+
+
+def _as_json(found: Inspection) -> dict[str, Any]:
+    leaves = {name: {"shape": leaf.shape, "dtype": leaf.dtype} for name, leaf in found.leaves.items()}
+    return {
+        "path": str(found.path),
+        "format": found.format,
+        "layout": found.layout,
+        "family": found.family,
+        "config": None if found.config is None else dataclasses.asdict(found.config),
+        "num_params": found.num_params,
+        "num_bytes": found.num_bytes,
+        "dtypes": found.dtypes,
+        "problems": found.problems,
+        "leaves": leaves,
+    }
+
+
+def _differences(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a config that are not their default; of what every layer has the same, one entry."""
+    values = {
+        field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)
+    }
+    folded = {
+        name: (value[:1] if isinstance(value, tuple) and len(set(value)) == 1 else value, default)
+        for name, (value, default) in values.items()
+    }
+    return {name: value for name, (value, default) in folded.items() if value != default}
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ is read, and every disagreement is reported in one error.
 
 from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.checkpoints.hf_config import config_from_dict, config_to_dict, load_config
+from jaxattn.checkpoints.inspection import Inspection, inspect
 from jaxattn.checkpoints.load import LoadedModel, load_model, load_params
 from jaxattn.checkpoints.manifest import MANIFEST, write_manifest
 from jaxattn.checkpoints.report import LoadReport
@@ -22,12 +23,14 @@ from jaxattn.models import abstract_params
 __all__ = [
     "MANIFEST",
     "CheckpointError",
+    "Inspection",
     "LoadReport",
     "LoadedModel",
     "Row",
     "abstract_params",
     "config_from_dict",
     "config_to_dict",
+    "inspect",
     "load_config",
     "load_model",
     "load_params",
