@@ -280,11 +280,11 @@ def _inspect(options: argparse.Namespace) -> None:
     grid = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         grid.add_row(name, Text(value))
-    leaves = Table("leaf", "shape", "dtype", Column("×", justify="right"), box=None)
-    kinds = {item: 1 for item in found.leaves.items()} if options.all_leaves else fold_layers(found.leaves)
+    leaves = Table(Column("leaf", overflow="fold"), "shape", "dtype", Column("×", justify="right"), box=None)
+    kinds = dict.fromkeys(found.leaves.items(), 1) if options.all_leaves else fold_layers(found.leaves)
     for (name, leaf), count in kinds.items():
         leaves.add_row(Text(name), str(list(leaf.shape)), leaf.dtype, str(count))
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else 10_000)  # a file has room for whole lines
     console.print(grid)
     console.print(leaves)
     for problem in found.problems:
@@ -308,15 +308,20 @@ def _as_json(found: Inspection) -> dict[str, Any]:
 
 
 def _differences(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of a config that are not their default; of what every layer has the same, one entry."""
-    values = {
-        field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)
+    """The fields of a config that are not their default; of what all layers have alike, one entry."""
+    fields = dataclasses.fields(config)
+    values = {field.name: getattr(config, field.name) for field in fields}
+    values["ropes"] = tuple(f"{rope.kind}/{rope.theta:g}" for rope in config.ropes)
+    defaults = {field.name: field.default for field in fields} | {
+        "sliding_windows": (None,) * config.num_layers
     }
-    folded = {
-        name: (value[:1] if isinstance(value, tuple) and len(set(value)) == 1 else value, default)
-        for name, (value, default) in values.items()
+    return {
+        name: "|".join(map(str, dict.fromkeys(value) if len(set(value)) == 1 else value))
+        if isinstance(value, tuple)
+        else value
+        for name, value in values.items()
+        if value != defaults[name]
     }
-    return {name: value for name, (value, default) in folded.items() if value != default}
 
 
 def _info(options: argparse.Namespace) -> None:
