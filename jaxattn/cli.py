@@ -277,18 +277,16 @@ def _inspect(options: argparse.Namespace) -> None:
         "bytes": f"{found.num_bytes:,}",
         "can be loaded": "no" if found.problems else "yes",
     }
-    grid = Table.grid(padding=(0, 2))
     for name, value in facts.items():
-        grid.add_row(name, Text(value))
+        print(f"{name:15} {value}")
     leaves = Table(Column("leaf", overflow="fold"), "shape", "dtype", Column("×", justify="right"), box=None)
     kinds = dict.fromkeys(found.leaves.items(), 1) if options.all_leaves else fold_layers(found.leaves)
     for (name, leaf), count in kinds.items():
         leaves.add_row(Text(name), str(list(leaf.shape)), leaf.dtype, str(count))
     console = Console(width=None if sys.stdout.isatty() else 10_000)  # a file has room for whole lines
-    console.print(grid)
     console.print(leaves)
     for problem in found.problems:
-        console.print(Text(problem))
+        print(problem)
 
 
 def _as_json(found: Inspection) -> dict[str, Any]:
