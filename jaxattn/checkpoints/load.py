@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 from jax.sharding import Mesh
@@ -87,7 +86,7 @@ def load_model(
     dtype: jax.typing.DTypeLike | None = None,
     table: Table | None = None,
     buckets: Sequence[Callable[[Programs], object]] = (),
-    compile: Literal["overlap", "lazy", "none"] = "overlap",
+    compile: str = "overlap",
     cache_dir: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
     check_finite: bool = False,

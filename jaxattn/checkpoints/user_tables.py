@@ -125,7 +125,8 @@ def _unsound(row: Row) -> Iterator[str]:
             yield f"unknown op {name!r}; use one of {', '.join(map(repr, OPERATIONS))}"
         elif not math.isfinite(value) or (name == "scale" and value == 0):
             yield f"op {name!r} with {value}: give a finite number" + (", not 0" if name == "scale" else "")
-    yield from _bad_axes(row)
+    if _SOURCE.fullmatch(row.source):
+        yield from _bad_axes(row)
 
 
 def _bad_axes(row: Row) -> Iterator[str]:
