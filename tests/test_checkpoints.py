@@ -132,6 +132,21 @@ def test_boxed_leaves(tree, expected, tmp_path):
     assert_same(load_params(tmp_path), expected)
 
 
+def test_orbax_in_several_groups(tree, expected, tmp_path, monkeypatch):
+    """As of a large checkpoint, of which a part is read at a time; some leaves are larger than that."""
+    monkeypatch.setattr("jaxattn.checkpoints.orbax_weights._GROUP_BYTES", 4000)
+    tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "state", tiny.train_state(tree))
+    assert_same(load_params(tmp_path), expected)
+
+
+def test_msgpack_of_arrays_in_pieces(tree, expected, tmp_path, monkeypatch):
+    """As Flax writes what is larger than 1 GiB."""
+    monkeypatch.setattr("flax.serialization.MAX_CHUNK_SIZE", 2000)
+    file = tiny.write_msgpack(tmp_path, tiny.LLAMA, tree) / "flax_model.msgpack"
+    assert file.read_bytes().count(b"__msgpack_chunked_array__") > 5
+    assert_same(load_params(tmp_path), expected)
+
+
 def test_sharded_msgpack(tree, expected, tmp_path):
     folder = tiny.write_sharded(tmp_path, tiny.LLAMA, tree)
     assert_same(load_params(folder), expected)
