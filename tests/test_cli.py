@@ -90,6 +90,13 @@ def test_dtype(model, path, tmp_path):
         np.testing.assert_array_equal(arrays["logits_2"], expected[2])
 
 
+def test_checks_and_kept_programs(path, tmp_path):
+    out, kept = tmp_path / "logits.npz", tmp_path / "compiled"
+    options = ["--check-finite", "--verify", "--compile-cache", str(kept), "--out", str(out)]
+    assert run(["logits", path, *PROMPT_OPTIONS, *options]) == 0
+    assert any(file.name.startswith("jit_score") for file in kept.iterdir())
+
+
 def test_logits(model, path, tmp_path):
     out = tmp_path / "logits.file"  # written under this very name
     assert run(["logits", path, *PROMPT_OPTIONS, "--out", str(out)]) == 0

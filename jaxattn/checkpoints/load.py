@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -123,6 +124,7 @@ def load_model(
     if compile not in COMPILE_MODES:
         raise ValueError(f"unknown compile={compile!r}; use one of {', '.join(map(repr, COMPILE_MODES))}")
     started, memory = time.perf_counter(), HostMemory()
+    cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
     with compile_cache(cache_dir), count_cache() as cache:
         checkpoint = open_checkpoint(path, config, dtype=dtype, table=table, mesh=mesh, verify=verify)
         config, plan = checkpoint.plan.config, checkpoint.plan
