@@ -20,7 +20,7 @@ from jaxattn.checkpoints.locate import ORBAX_METADATA
 from jaxattn.checkpoints.mapping import Leaf
 from jaxattn.checkpoints.weights import join, walk
 
-_GROUP_BYTES = 128 * 2**20
+_GROUP_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,12 @@ class OrbaxWeights:
 
 
 def _groups(leaves: Mapping[str, Leaf]) -> Iterator[set[str]]:
-    """Leaves in groups that are small beside a model, unless one leaf alone is not."""
+    """Leaves in groups that are small beside a model, but for leaves that are not themselves.
+
+    The largest come first, when there is least beside them.
+    """
     group, num_bytes = set(), 0
-    for name, leaf in leaves.items():
+    for name, leaf in sorted(leaves.items(), key=lambda item: -item[1].num_bytes):
         if group and num_bytes + leaf.num_bytes > _GROUP_BYTES:
             yield group
             group, num_bytes = set(), 0
