@@ -46,7 +46,7 @@ from rich.table import Table
 from side_by_side import measure, provenance
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, nest_batches, nest_sequences, pack_best_fit
-from jaxattn.checkpoints import save_model
+from jaxattn.checkpoints import save_params
 from jaxattn.demo import dense_logits, next_token_loss, standard_library_functions
 from jaxattn.models import Model, init_params
 from jaxattn.models.decoder import Params
@@ -429,7 +429,7 @@ def run(
             result, params = train(trainer, arm, seed, documents, held_out, report)
             runs.append(result)
             if checkpoint is not None and (arm, seed) == ("packed", 0):
-                save_model(checkpoint, Model.from_params(setting.model, params))
+                save_params(checkpoint, params, setting.model)
     pack = next(pack_best_fit(endless(documents, 0), setting.bucket))
     return {
         "provenance": origin,

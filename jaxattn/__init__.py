@@ -9,7 +9,7 @@ from jaxattn.attention import attention, choose_implementation
 from jaxattn.batch import PAD_SLOT, RaggedBatch, abstract_batch, advance, check_batch, nest_sequences
 from jaxattn.buckets import Bucket, BucketGrid, powers_of_two, quarter_steps
 from jaxattn.cache import PagedKVCache, PagePool, init_cache, quantization_scale, write_cache
-from jaxattn.checkpoints import CheckpointError, load_model, save_model
+from jaxattn.checkpoints import CheckpointError, load_model, save_params
 from jaxattn.consumers import CONSUMERS, Consumer
 from jaxattn.fields import MissingFieldError
 from jaxattn.generate import (
@@ -81,7 +81,7 @@ __all__ = [
     "prepare_metadata",
     "quantization_scale",
     "quarter_steps",
-    "save_model",
+    "save_params",
     "serve",
     "write_cache",
 ]

@@ -1,4 +1,4 @@
-"""The command line: demo, generate, logits, info, tune.
+"""The command line: demo, generate, logits, inspect, info, tune.
 
 An error is one line on standard error and exit status 2; `--debug` shows the traceback.
 """
@@ -11,18 +11,22 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
 from jaxattn.cache import QUANTIZED_DTYPES
-from jaxattn.checkpoints import load_model
+from jaxattn.checkpoints import MANIFEST, Inspection, inspect, load_config, load_model
+from jaxattn.checkpoints.inspection import fold_layers
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
 from jaxattn.demo import run_demo
@@ -33,7 +37,7 @@ from jaxattn.generate import (
     generate,
     plan_generation,
 )
-from jaxattn.models import Programs
+from jaxattn.models import DecoderConfig, Model, Programs
 from jaxattn.spec import AttentionSpec
 from jaxattn.tune import default_plan, run_tune
 
@@ -101,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="FILE.npz", help="arrays logits_0, logits_1, …"
     )
 
+    inspect_ = _command(commands, "inspect", _inspect, "what a checkpoint is and holds; reads no weight")
+    _add_checkpoint_options(inspect_)
+    inspect_.add_argument("--all-leaves", action="store_true", help="one line per leaf, not per kind")
+    inspect_.add_argument("--json", action="store_true", help="print one JSON object")
+
     info = _command(commands, "info", _info, "versions, devices, what auto chooses, and why")
     info.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -120,8 +129,14 @@ def _command(commands, name: str, function, summary: str) -> argparse.ArgumentPa
     return command
 
 
+def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or its very file")
+    parser.add_argument("--config", type=Path, metavar="FILE.json", help="default: the config.json with it")
+    parser.add_argument("--table", type=Path, metavar="FILE.json", help="names of leaves that are your own")
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint with its config.json")
+    _add_checkpoint_options(parser)
     parser.add_argument(
         "--prompt-ids",
         action="append",
@@ -130,6 +145,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help='token ids of one prompt, such as "1 5 9"; once per prompt',
     )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
+    parser.add_argument("--compile-cache", type=Path, metavar="FOLDER", help="keep compiled programs there")
+    parser.add_argument("--check-finite", action="store_true", help="refuse weights with NaN or infinity")
+    parser.add_argument("--verify", action="store_true", help=f"compare files with {MANIFEST} first")
     parser.add_argument("--implementation", default="auto", choices=("auto", *IMPLEMENTATIONS))
 
 
@@ -176,7 +194,7 @@ def _generate(options: argparse.Namespace) -> None:
         [len(prompt) for prompt in prompts], options.max_new_tokens, page_size=options.page_size
     )
 
-    def precompile(programs: Programs) -> None:
+    def compile_run(programs: Programs) -> None:
         compile_generation(
             programs,
             plan,
@@ -192,7 +210,7 @@ def _generate(options: argparse.Namespace) -> None:
                 implementation=options.implementation,
             )
 
-    model = load_model(options.path, dtype=options.dtype, precompile=precompile)
+    model = _load(options, compile_run)
     tokens = generate(
         model,
         prompts,
@@ -212,17 +230,96 @@ def _generate(options: argparse.Namespace) -> None:
         print(f"{i}: {' '.join(map(str, new))}")
 
 
+def _load(options: argparse.Namespace, *buckets: Callable[[Programs], object]) -> Model:
+    return load_model(
+        options.path,
+        _config(options),
+        dtype=options.dtype,
+        table=options.table,
+        buckets=buckets,
+        cache_dir=options.compile_cache,
+        check_finite=options.check_finite,
+        verify=options.verify,
+    )
+
+
+def _config(options: argparse.Namespace) -> DecoderConfig | None:
+    return None if options.config is None else load_config(options.config)
+
+
 def _logits(options: argparse.Namespace) -> None:
     prompts = _prompts(options.prompt_ids)
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file in it")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist; create it")
-    model = load_model(options.path, dtype=options.dtype)
+    model = _load(options)
     logits = compute_logits(model, prompts, implementation=options.implementation)
     with options.out.open("wb") as file:  # an open file, since savez would append to the name
         np.savez(file, allow_pickle=False, **{f"logits_{i}": array for i, array in enumerate(logits)})
     print(f"wrote {len(logits)} arrays to {options.out}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    found = inspect(options.path, _config(options), table=options.table)
+    if options.json:
+        print(json.dumps(_as_json(found)))
+        return
+    config = {} if found.config is None else _differences(found.config)
+    facts = {
+        "weights": str(found.path),
+        "format": found.format,
+        "names": found.layout,
+        "family": found.family or "not known",
+        "config": ", ".join(f"{name}={value}" for name, value in config.items()) or "none",
+        "parameters": f"{found.num_params:,}",
+        "leaves": ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
+        "bytes": f"{found.num_bytes:,}",
+        "can be loaded": "no" if found.problems else "yes",
+    }
+    for name, value in facts.items():
+        print(f"{name:15} {value}")
+    leaves = Table(Column("leaf", overflow="fold"), "shape", "dtype", Column("×", justify="right"), box=None)
+    kinds = dict.fromkeys(found.leaves.items(), 1) if options.all_leaves else fold_layers(found.leaves)
+    for (name, leaf), count in kinds.items():
+        leaves.add_row(Text(name), str(list(leaf.shape)), leaf.dtype, str(count))
+    console = Console(width=None if sys.stdout.isatty() else 10_000)  # a file has room for whole lines
+    console.print(leaves)
+    for problem in found.problems:
+        print(problem)
+
+
+def _as_json(found: Inspection) -> dict[str, Any]:
+    leaves = {name: {"shape": leaf.shape, "dtype": leaf.dtype} for name, leaf in found.leaves.items()}
+    return {
+        "path": str(found.path),
+        "format": found.format,
+        "layout": found.layout,
+        "family": found.family,
+        "config": None if found.config is None else dataclasses.asdict(found.config),
+        "num_params": found.num_params,
+        "num_bytes": found.num_bytes,
+        "dtypes": found.dtypes,
+        "problems": found.problems,
+        "leaves": leaves,
+    }
+
+
+def _differences(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a config that are not their default; of what all layers have alike, one entry."""
+    fields = dataclasses.fields(config)
+    values = {field.name: getattr(config, field.name) for field in fields}
+    values["ropes"] = tuple(f"{rope.kind}/{rope.theta:g}" for rope in config.ropes)
+    defaults = {field.name: field.default for field in fields} | {
+        "sliding_windows": (None,) * config.num_layers
+    }
+    return {
+        name: "|".join(map(str, dict.fromkeys(value) if len(set(value)) == 1 else value))
+        if isinstance(value, tuple)
+        else value
+        for name, value in values.items()
+        if value != defaults[name]
+    }
 
 
 def _info(options: argparse.Namespace) -> None:

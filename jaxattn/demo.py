@@ -32,7 +32,7 @@ from jaxattn.attention import IMPLEMENTATIONS
 from jaxattn.batch import RaggedBatch, nest_sequences
 from jaxattn.buckets import Bucket
 from jaxattn.cache import PagePool
-from jaxattn.checkpoints import load_model, save_model
+from jaxattn.checkpoints import load_model, save_params
 from jaxattn.generate import generate
 from jaxattn.metadata import AttentionMetadata, prepare_metadata
 from jaxattn.models import DecoderConfig, Model, forward, init_cache, init_params, unembed
@@ -143,7 +143,7 @@ def trained_checkpoint(console: Console, out: Path, documents: list[np.ndarray],
     params = _train(console, documents, steps)
     unfinished = checkpoint.with_name(checkpoint.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was interrupted
-    save_model(unfinished, Model.from_params(CONFIG, params))
+    save_params(unfinished, params, CONFIG)
     unfinished.rename(checkpoint)
     console.print(f"   saved as an Orbax checkpoint: {checkpoint}")
     return checkpoint

@@ -87,7 +87,7 @@ def calibrate_kv_scales(
 
 
 class GenerationPlan(NamedTuple):
-    """The static sizes of a run of `generate`, known from lengths alone.
+    """The static sizes of a run of `generate`, known from lengths alone; a bucket of `load_model`.
 
     Attributes:
         bucket: Of the prefill.
@@ -102,6 +102,10 @@ class GenerationPlan(NamedTuple):
     page_size: int
     num_pages: int
     max_new_tokens: int
+
+    def __call__(self, programs: Programs) -> None:
+        """Have the programs compile what a run with the defaults of `generate` needs."""
+        compile_generation(programs, self)
 
 
 def plan_generation(
@@ -151,7 +155,7 @@ def compile_generation(
 ) -> tuple[Callable, Callable]:
     """The prefill and decode programs of a plan; compiled now if they were not before.
 
-    No weights are needed: give `load_model` a call of this as `precompile`, and it runs while they
+    No weights are needed: a call of this may be one of the `buckets` of `load_model`, and runs while they
     are being read.
 
     Args:

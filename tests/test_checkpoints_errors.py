@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 import tiny_checkpoints as tiny
@@ -164,6 +165,44 @@ def test_damaged_msgpack(content, tmp_path):
     folder = tiny.write_config(tmp_path, tiny.LLAMA)
     (folder / "flax_model.msgpack").write_bytes(content)
     assert "flax_model.msgpack is " in error_of(folder)
+
+
+pack = msgpack.Packer().pack
+
+
+def ndarray(*content, after: bytes = b"") -> bytes:
+    """A file of one array that is written in any way."""
+    return pack({"a": msgpack.ExtType(1, pack(content) + after)})
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (ndarray([-1, 4], "float32", b""), "an array's shape is [-1, 4]"),
+        (ndarray(["2"], "float32", b""), "an array's shape is ['2']"),
+        (ndarray([1], "U4", bytes(16)), "an array's dtype is 'U4'"),
+        (ndarray([1], "object", bytes(8)), "an array's dtype is 'object'"),
+        (ndarray([2**40], "float32", bytes(8)), "is not as long as it says"),
+        (ndarray([2], "float32", bytes(4)), "is not as long as it says"),
+        (ndarray([2], "float32", bytes(8), after=b"x"), "is not as long as it says"),
+        (ndarray([2], "float32"), "is not written as shape, dtype and bytes"),
+        (b"\xdf\xff\xff\xff\xff", "ends in the middle of a value"),
+        (b"\x81\xa1a\xc9\xff\xff\xff\xff\x01", "ends in the middle of an array"),
+        (b"\x82\xa1a\x01\xa1a\x01", "a key is 'a': no name, or one that is there twice"),
+        (b"\x81\xc3\x01", "a key is True: no name"),
+        (b"\xc1", "the byte 0xc1 at 0 begins nothing"),
+        (pack({"a": {"__msgpack_chunked_array__": True, "shape": {"0": 2}}}), "no pieces"),
+        (
+            pack({"a": {"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": 1}}}),
+            "lacks some",
+        ),
+    ],
+)
+def test_msgpack_that_says_what_cannot_be(content, reason, tmp_path):
+    (tiny.write_config(tmp_path, tiny.LLAMA) / "flax_model.msgpack").write_bytes(content)
+    message = error_of(tmp_path)
+    assert "flax_model.msgpack is truncated, or no Flax msgpack file: " in message
+    assert reason in message
 
 
 @pytest.mark.parametrize("name", ["../secret.msgpack", "/etc/passwd", "sub/shard.msgpack", "..", "", 3])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxattn import DecoderConfig, Model, compute_logits, generate, save_model, tune
+from jaxattn import DecoderConfig, Model, compute_logits, generate, save_params, tune
 from jaxattn.choice_table import VARIABLE, read_table
 from jaxattn.cli import run
 from jaxattn.models import init_params
@@ -37,7 +37,7 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def path(model, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("cli") / "checkpoint"
-    save_model(path, model)
+    save_params(path, model.params, model.config)
     return str(path)
 
 
@@ -88,6 +88,13 @@ def test_dtype(model, path, tmp_path):
     with np.load(out) as arrays:
         expected = compute_logits(Model.from_params(CONFIG, low), PROMPTS)
         np.testing.assert_array_equal(arrays["logits_2"], expected[2])
+
+
+def test_checks_and_kept_programs(path, tmp_path):
+    out, kept = tmp_path / "logits.npz", tmp_path / "compiled"
+    options = ["--check-finite", "--verify", "--compile-cache", str(kept), "--out", str(out)]
+    assert run(["logits", path, *PROMPT_OPTIONS, *options]) == 0
+    assert any(file.name.startswith("jit_score") for file in kept.iterdir())
 
 
 def test_logits(model, path, tmp_path):

@@ -62,8 +62,8 @@ def test_the_embedding_scale_is_rounded_to_the_dtype_of_the_parameters():
 @pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, qkv_bias=True), GEMMA])
 def test_random_parameters_norm_by_one_and_have_no_biases(config):
     params = init_params(jax.random.key(0), config, "bfloat16")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    assert shapes == abstract_params(config, "bfloat16")
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_params(config, "bfloat16"))
     one = 0 if config.norm_offset else 1
     for layer in params["layers"]:
         assert all((leaf == one).all() for name, leaf in layer.items() if name.endswith("norm"))

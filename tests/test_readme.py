@@ -33,5 +33,15 @@ def test_own_model_learns():
     assert names["losses"][-1] < 1
 
 
+@jax.numpy_rank_promotion("allow")  # Flax's Dense and RMSNorm
+def test_own_checkpoints_are_loaded_with_a_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (2, 3):
+        names = run_example(number)
+        logits = np.concatenate(names["logits"])
+        assert logits.std() > 0.3
+        np.testing.assert_allclose(names["own"][: len(logits)], logits, rtol=0, atol=1e-4)
+
+
 def test_checkpoints_are_those_of_the_tests():
     assert checkpoint_matrix.markdown() in README

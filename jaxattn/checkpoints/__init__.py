@@ -11,15 +11,30 @@ is read, and every disagreement is reported in one error.
 
 from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.checkpoints.hf_config import config_from_dict, config_to_dict, load_config
-from jaxattn.checkpoints.load import load_model, load_params
-from jaxattn.checkpoints.save import save_model
+from jaxattn.checkpoints.inspection import Inspection, inspect
+from jaxattn.checkpoints.load import LoadedModel, load_model, load_params
+from jaxattn.checkpoints.manifest import MANIFEST, write_manifest
+from jaxattn.checkpoints.report import LoadReport
+from jaxattn.checkpoints.rows import Row
+from jaxattn.checkpoints.save import save_params
+from jaxattn.checkpoints.user_tables import read_table
+from jaxattn.models import abstract_params
 
 __all__ = [
+    "MANIFEST",
     "CheckpointError",
+    "Inspection",
+    "LoadReport",
+    "LoadedModel",
+    "Row",
+    "abstract_params",
     "config_from_dict",
     "config_to_dict",
+    "inspect",
     "load_config",
     "load_model",
     "load_params",
-    "save_model",
+    "read_table",
+    "save_params",
+    "write_manifest",
 ]

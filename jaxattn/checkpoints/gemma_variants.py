@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], Mapping[str, Any]]] = {
 """By name: the sizes, in the order of `_SIZES`, and the other keys of config.json that are not defaults."""
 
 
-def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
+def config_of_variant(shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     """The config of weights with the gemma library's names.
 
     Args:

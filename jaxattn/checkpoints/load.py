@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from jaxattn.checkpoints.mapping import HEAD, Plan
-from jaxattn.checkpoints.opening import open_checkpoint
+from jaxattn.checkpoints.opening import Checkpoint, open_checkpoint
+from jaxattn.checkpoints.report import HostMemory, LoadReport, reading_bar
+from jaxattn.checkpoints.user_tables import Table
 from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.models.compile_cache import compile_cache, count_cache
 from jaxattn.models.decoder import Params
+
+COMPILE_MODES = ("overlap", "lazy", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel(Model):
+    """A model from a checkpoint.
+
+    Attributes:
+        report: What loading it took.
+    """
+
+    report: LoadReport
 
 
 def load_params(
@@ -20,14 +41,26 @@ def load_params(
     config: DecoderConfig | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    table: Table | None = None,
+    mesh: Mesh | None = None,
+    check_finite: bool = False,
+    verify: bool = False,
 ) -> Params:
     """Load the parameters of a checkpoint.
+
+    A bar on standard error, if that is a terminal, shows how far it is where this takes more than a second.
 
     Args:
         path: A folder that holds a checkpoint, or the very file or Orbax folder.
         config: The decoder; read from the checkpoint's config.json where None.
         dtype: Of the parameters: "float32", "bfloat16" or "float16". None keeps the stored dtype;
             where dtypes are mixed, all leaves are brought to that of the embedding.
+        table: What the leaves are called and how they lie, for names that are not known here: rows, or a JSON
+            file of them (see `read_table`).
+        mesh: The devices that the parameters go to, as of `abstract_params`. Each leaf passes through the
+            first one as a whole.
+        check_finite: Whether to look for NaN and infinity in the parameters.
+        verify: Whether to compare all files with the checksums of `write_manifest` first.
 
     Returns:
         Parameters as `forward` takes them, on the device. They have a head even where the config
@@ -35,55 +68,118 @@ def load_params(
 
     Raises:
         ValueError: If `dtype` is none of these.
-        CheckpointError: If there is no one checkpoint at the path, a file is damaged, or weights
-            and config do not fit.
+        CheckpointError: If there is no one checkpoint at the path, a file is damaged, weights and config do
+            not fit, the table cannot be followed, or what `check_finite` or `verify` looks for is found.
 
     Warns:
         UserWarning: If the config ties the head to the embedding, but a different one is stored.
     """
-    checkpoint = open_checkpoint(path, config, dtype=dtype)
-    params = checkpoint.read()
+    checkpoint = open_checkpoint(path, config, dtype=dtype, table=table, mesh=mesh, verify=verify)
+    params, _ = _read(checkpoint, check_finite, threading.Event())
     _warn_of_other_head(checkpoint.plan, params)
     return params
 
 
 def load_model(
     path: str | os.PathLike[str],
+    config: DecoderConfig | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = None,
-    precompile: Callable[[Programs], None] | None = None,
-) -> Model:
-    """Load a checkpoint as a model.
+    table: Table | None = None,
+    buckets: Sequence[Callable[[Programs], object]] = (),
+    compile: str = "overlap",
+    cache_dir: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
+    check_finite: bool = False,
+    verify: bool = False,
+) -> LoadedModel:
+    """Load a checkpoint as a model, with the programs of its buckets.
 
     Args:
-        path: A folder that holds a checkpoint, or the very file or Orbax folder.
-        dtype: Of the parameters: "float32", "bfloat16" or "float16". None keeps the stored dtype;
-            where dtypes are mixed, all leaves are brought to that of the embedding.
-        precompile: Called with the model's programs while the weights are being read, to compile
-            those that will be needed: shapes are known before.
+        path: As of `load_params`.
+        config: As of `load_params`.
+        dtype: As of `load_params`.
+        table: As of `load_params`.
+        buckets: What will be run: plans of `plan_generation`, or any other functions that have the programs
+            they are called with compile what is needed.
+        compile: When programs are compiled. "overlap": those of the buckets while the weights are being read;
+            shapes are known before. "lazy": each when it is first used. "none": not at all; the model is for
+            its parameters, and its programs raise.
+        cache_dir: Folder of JAX's persistent compilation cache for all programs of this model, so that no
+            later start compiles them again. JAX's own setting holds for everything else, and where None.
+        mesh: As of `load_params`; the model runs on its devices.
+        check_finite: As of `load_params`.
+        verify: As of `load_params`.
 
     Returns:
-        The model. Its config has an untied head if one is stored.
+        The model, with a report. Its config has an untied head if one is stored.
 
     Raises:
-        ValueError: If `dtype` is none of these.
-        CheckpointError: If there is no one checkpoint at the path, a file is damaged, or weights
-            and config do not fit.
+        ValueError: If `dtype` or `compile` is none of these, or a bucket cannot be compiled.
+        CheckpointError: As of `load_params`.
 
     Warns:
         UserWarning: If the config ties the head to the embedding, but a different one is stored.
     """
-    checkpoint = open_checkpoint(path, dtype=dtype)
-    config = checkpoint.plan.config
-    programs = Programs(config, checkpoint.dtype)
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        reading = reader.submit(checkpoint.read)
-        if precompile is not None:
-            # Here rather than in the thread, so that JAX's context managers around the call hold.
-            precompile(programs)
-        params = reading.result()
-    _warn_of_other_head(checkpoint.plan, params)
-    return Model(config, params, programs)
+    if compile not in COMPILE_MODES:
+        raise ValueError(f"unknown compile={compile!r}; use one of {', '.join(map(repr, COMPILE_MODES))}")
+    started, memory = time.perf_counter(), HostMemory()
+    cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
+    with compile_cache(cache_dir), count_cache() as cache:
+        checkpoint = open_checkpoint(path, config, dtype=dtype, table=table, mesh=mesh, verify=verify)
+        config, plan = checkpoint.plan.config, checkpoint.plan
+        programs = Programs(config, checkpoint.dtype, mesh, cache_dir, may_compile=compile != "none")
+        compiling, stop = 0.0, threading.Event()
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            reading = reader.submit(_read, checkpoint, check_finite, stop)
+            try:
+                if compile == "overlap":
+                    compiling = _compile(programs, buckets)
+                params, reading_seconds = reading.result()
+            except BaseException:
+                stop.set()
+                raise
+    _warn_of_other_head(plan, params)
+    leaves = jax.tree.leaves(params)
+    report = LoadReport(
+        format=checkpoint.format,
+        seconds=time.perf_counter() - started,
+        reading_seconds=reading_seconds,
+        compiling_seconds=compiling,
+        bytes_read=sum(checkpoint.sizes.values()),
+        result_bytes=sum(leaf.nbytes for leaf in leaves),
+        num_params=sum(leaf.size for leaf in leaves),
+        peak_host_bytes=memory.extra(),
+        programs=programs.names,
+        cache_hits=cache.hits,
+        cache_misses=cache.misses,
+    )
+    return LoadedModel(config, params, programs, report)
+
+
+def _read(checkpoint: Checkpoint, check_finite: bool, stop: threading.Event) -> tuple[Params, float]:
+    """The parameters, and how many seconds they took; given up at the next leaf when told to stop."""
+    started = time.perf_counter()
+    with reading_bar(sum(checkpoint.sizes.values())) as advance:
+
+        def on_read(num_bytes: int) -> None:
+            if stop.is_set():
+                raise CancelledError
+            advance(num_bytes)
+
+        params = checkpoint.read(check_finite=check_finite, on_read=on_read)
+    return params, time.perf_counter() - started
+
+
+def _compile(programs: Programs, buckets: Sequence[Callable[[Programs], object]]) -> float:
+    """Compile, and say how many seconds that took.
+
+    In the calling thread, where JAX's context managers around the call hold.
+    """
+    started = time.perf_counter()
+    for bucket in buckets:
+        bucket(programs)
+    return time.perf_counter() - started
 
 
 def _warn_of_other_head(plan: Plan, params: Params) -> None:

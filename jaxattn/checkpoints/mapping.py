@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -47,6 +48,14 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in memory; 0 of what is no number NumPy or JAX knows."""
+        try:
+            return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        except TypeError:
+            return 0
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:

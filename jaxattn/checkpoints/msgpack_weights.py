@@ -7,62 +7,70 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import serialization
 
 from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.mapping import Leaf
-from jaxattn.checkpoints.weights import join, merge, shards, to_device, walk
+from jaxattn.checkpoints.msgpack_index import Stored, index
+from jaxattn.checkpoints.weights import join, merge, shards, to_device
 
 
 @dataclass(frozen=True, slots=True)
 class MsgpackWeights:
-    """Arrays in host memory: a msgpack file says nothing of its shapes until it has been read.
-
-    Its arrays lie in it as bytes, so reading takes no more memory than there are bytes in the file,
-    whatever shapes it claims.
+    """Arrays that are still on disk.
 
     Attributes:
-        arrays: What was read, by name.
+        files: Where in each file its arrays lie.
     """
 
-    arrays: dict[str, object]
+    files: Mapping[Path, Mapping[str, Stored]]
 
     @property
     def leaves(self) -> Mapping[str, Leaf]:
         """What is stored, weights or not."""
-        return {name: _leaf(value) for name, value in self.arrays.items()}
+        return {name: stored.leaf for name, stored in merge(self.files).items()}
 
     def read(self, names: set[str]) -> Iterator[tuple[str, jax.Array]]:
-        """Bring arrays to the device, float64 as float32. Each is given up here as it arrives there."""
-        for name in names:
-            value = np.asarray(self.arrays.pop(name))
-            yield name, to_device(value, _leaf(value))
+        """Bring arrays to the device one after the other, float64 as float32.
+
+        Raises:
+            CheckpointError: If a file has gone, or is shorter than it was.
+        """
+        for file, stored in self.files.items():
+            for name in (name for name in stored if name in names):
+                yield name, to_device(_read_array(file, stored[name]), stored[name].leaf)
 
 
 def open_msgpack(file: Path) -> MsgpackWeights:
-    """Read a `.msgpack` file, or all that a `.msgpack.index.json` file lists.
+    """Read what a `.msgpack` file, or all that a `.msgpack.index.json` file lists, says of its arrays.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or not a tree of named arrays.
     """
     files = shards(file) if file.suffix == ".json" else [file]
-    return MsgpackWeights(merge({shard: _read_file(shard) for shard in files}))
+    weights = MsgpackWeights({shard: _read_index(shard) for shard in files})
+    merge(weights.files)  # raises for names that are there twice
+    return weights
 
 
-def _leaf(value: object) -> Leaf:
-    if isinstance(value, np.ndarray):
-        return Leaf(value.shape, value.dtype.name)
-    return Leaf((), type(value).__name__)
-
-
-def _read_file(file: Path) -> dict[str, object]:
+def _read_index(file: Path) -> dict[str, Stored]:
     try:
-        tree = serialization.msgpack_restore(file.read_bytes())
-        leaves = dict(walk(tree))
-    # Damaged bytes surface as whatever Flax, msgpack or NumPy stumbles over first.
-    except Exception as error:
+        return {join(path): stored for path, stored in index(file).items()}
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is truncated, or no Flax msgpack file: {summarize(error)}") from error
-    if not isinstance(tree, dict) or not all(isinstance(key, str | int) for path in leaves for key in path):
-        raise CheckpointError(f"{file} is not a tree of named arrays: its root is a {type(tree).__name__}")
-    return {join(path): value for path, value in leaves.items()}
+
+
+def _read_array(file: Path, stored: Stored) -> np.ndarray:
+    array = np.empty(stored.leaf.shape, jnp.dtype(stored.leaf.dtype))
+    room = memoryview(array.reshape(-1).view(np.uint8))
+    try:
+        with file.open("rb") as opened:
+            for offset, length in stored.spans:
+                opened.seek(offset)
+                if opened.readinto(room[:length]) != length:
+                    raise CheckpointError(f"{file} is shorter than it was when it was opened")
+                room = room[length:]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {summarize(error)}") from error
+    return array

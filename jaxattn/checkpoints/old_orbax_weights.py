@@ -22,11 +22,11 @@ PLACEHOLDER = "PLACEHOLDER://"
 
 @dataclass(frozen=True, slots=True)
 class OldOrbaxWeights:
-    """Arrays of which some may be in host memory, as the msgpack file holds them, and others are on disk.
+    """Arrays that are still on disk, some of them in the msgpack file.
 
     Attributes:
         inside: Those of the msgpack file.
-        beside: Those that are still on disk.
+        beside: The others.
     """
 
     inside: MsgpackWeights
@@ -62,16 +62,17 @@ def open_old_orbax(folder: Path) -> OldOrbaxWeights:
     Raises:
         CheckpointError: If a file is missing or damaged, or leads outside the folder.
     """
-    arrays = open_msgpack(folder / OLD_ORBAX_TREE).arrays
+    file = folder / OLD_ORBAX_TREE
+    stored = open_msgpack(file).files[file]
     places = {
-        name: value.removeprefix(PLACEHOLDER)
-        for name, value in arrays.items()
-        if isinstance(value, str) and value.startswith(PLACEHOLDER)
+        name: leaf.text.removeprefix(PLACEHOLDER)
+        for name, leaf in stored.items()
+        if leaf.text is not None and leaf.text.startswith(PLACEHOLDER)
     }
     for place in places.values():
         if leads_outside(place):
-            raise CheckpointError(f"{folder / OLD_ORBAX_TREE} names an array outside its folder: {place!r}")
-    inside = MsgpackWeights({name: value for name, value in arrays.items() if name not in places})
+            raise CheckpointError(f"{file} names an array outside its folder: {place!r}")
+    inside = MsgpackWeights({file: {name: leaf for name, leaf in stored.items() if name not in places}})
     return OldOrbaxWeights(inside, {name: _open_array(folder, place) for name, place in places.items()})
 
 

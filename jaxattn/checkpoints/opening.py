@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.checkpoints.gemma_table import is_gemma_library
-from jaxattn.checkpoints.gemma_variants import infer_config
+from jaxattn.checkpoints.gemma_variants import config_of_variant
 from jaxattn.checkpoints.hf_config import read_config
 from jaxattn.checkpoints.locate import Location, locate
+from jaxattn.checkpoints.manifest import verify_manifest
 from jaxattn.checkpoints.mapping import Leaf, Plan, leaf_name, match, spelled_shapes
 from jaxattn.checkpoints.maxtext_table import is_maxtext
 from jaxattn.checkpoints.rows import Layout
 from jaxattn.checkpoints.tables import choose_table
+from jaxattn.checkpoints.user_tables import Table, resolve_table
 from jaxattn.checkpoints.weights import Weights
 from jaxattn.models import DecoderConfig, abstract_params
 from jaxattn.models.decoder import Params
@@ -32,24 +35,47 @@ class Checkpoint:
     """Weights that fit their config, and have not been read yet.
 
     Attributes:
+        format: What they are stored as: "safetensors", "msgpack" or "orbax".
         weights: Where they are.
+        sizes: Stored bytes of each leaf that is read.
         plan: What becomes of them.
         dtype: Of the parameters.
+        mesh: The devices they go to, as of `abstract_params`.
     """
 
+    format: str
     weights: Weights
+    sizes: Mapping[str, int]
     plan: Plan
     dtype: jnp.dtype
+    mesh: Mesh | None
 
-    def read(self) -> Params:
-        """Read the weights and convert them, one by one. This can be done once."""
-        plan = self.plan
-        leaves = {}
-        for source, stored in self.weights.read(set(plan.sources.values())):
+    def read(self, *, check_finite: bool = False, on_read: Callable[[int], None] = lambda _: None) -> Params:
+        """Read the weights and convert them, one by one, each into its place. This can be done once.
+
+        Args:
+            check_finite: Whether to look for NaN and infinity in what the leaves have become.
+            on_read: Called with the stored bytes of each leaf that has been read and converted.
+
+        Raises:
+            CheckpointError: If a file is damaged, or a number is not finite.
+        """
+        plan, leaves, finite = self.plan, {}, {}
+        parameters = abstract_params(plan.config, self.dtype, self.mesh)
+        places = {leaf_name(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(parameters)}
+        for source, stored in self.weights.read(set(self.sizes)):
             for name in [name for name in plan.sources if plan.sources[name] == source]:
                 layer = np.int32(plan.layers[name])
-                leaves[name] = convert(stored, layer, layout=plan.layouts[name], dtype=self.dtype)
-        parameters = abstract_params(plan.config, self.dtype)
+                leaf = convert(stored, layer, layout=plan.layouts[name], dtype=self.dtype)
+                leaves[name] = jax.device_put(leaf, places[name]).block_until_ready()
+                if check_finite:
+                    finite[name] = is_finite(leaf)
+            del stored  # no more than this one leaf is held beside the result
+            on_read(self.sizes[source])
+        bad = [f"{name}, from {plan.sources[name]}" for name in finite if not finite[name]]
+        if bad:
+            what = f"NaN or infinite numbers, as {self.dtype.name}, in"
+            raise CheckpointError("\n  ".join([f"the weights have {what}:", *bad]))
         return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], parameters)
 
 
@@ -59,11 +85,20 @@ def convert(stored: jax.Array, layer: jax.typing.ArrayLike, *, layout: Layout, d
     return layout.to_decoder(stored, layer).astype(dtype)
 
 
+@jax.jit
+def is_finite(leaf: jax.Array) -> jax.Array:
+    """Whether all numbers are."""
+    return jnp.isfinite(leaf).all()
+
+
 def open_checkpoint(
     path: str | os.PathLike[str],
     config: DecoderConfig | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    table: Table | None = None,
+    mesh: Mesh | None = None,
+    verify: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint and compare its names and shapes with its config.
 
@@ -71,6 +106,9 @@ def open_checkpoint(
         path: As of `load_params`.
         config: As of `load_params`.
         dtype: As of `load_params`.
+        table: As of `load_params`.
+        mesh: As of `load_params`.
+        verify: As of `load_params`.
 
     Raises:
         ValueError: If `dtype` is not one to load in.
@@ -78,21 +116,36 @@ def open_checkpoint(
     """
     wanted = None if dtype is None else _check_dtype(dtype)
     location = locate(path)
+    if verify:
+        verify_manifest(location)
     file = location.find_config() if config is None else None
     config = read_config(file) if file is not None else config
+    if config is None and table is not None:
+        raise location.no_config()
+    rows = None if config is None or table is None else resolve_table(table, config)
     weights = open_weights(location)
     leaves = weights.leaves
-    config = _infer_config(location, leaves) if config is None else config
-    plan = match(leaves, config, choose_table(leaves, config))
+    config = infer_config(location, leaves) if config is None else config
+    plan = match(leaves, config, choose_table(leaves, config) if rows is None else rows)
     wanted = _stored_dtype(leaves[plan.sources["embed"]]) if wanted is None else wanted
-    return Checkpoint(weights, plan, wanted)
+    sizes = {source: leaves[source].num_bytes for source in plan.sources.values()}
+    return Checkpoint(format_of(location), weights, sizes, plan, wanted, mesh)
 
 
-def _infer_config(location: Location, leaves: Mapping[str, Leaf]) -> DecoderConfig:
-    """The config of weights beside which there is none."""
+def format_of(location: Location) -> str:
+    """The format of weights: "safetensors", "msgpack" or "orbax"."""
+    return "orbax" if location.is_orbax else "safetensors" if location.is_safetensors else "msgpack"
+
+
+def infer_config(location: Location, leaves: Mapping[str, Leaf]) -> DecoderConfig:
+    """The config of weights beside which there is none.
+
+    Raises:
+        CheckpointError: If nothing tells.
+    """
     shapes = spelled_shapes(leaves)
     if is_gemma_library(shapes):
-        return infer_config(shapes)
+        return config_of_variant(shapes)
     if is_maxtext(shapes):
         raise CheckpointError(
             f"{location.no_config()}. MaxText writes none: put the config.json of the model's Hugging Face "

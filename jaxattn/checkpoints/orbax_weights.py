@@ -20,6 +20,8 @@ from jaxattn.checkpoints.locate import ORBAX_METADATA
 from jaxattn.checkpoints.mapping import Leaf
 from jaxattn.checkpoints.weights import join, leads_outside, walk
 
+_GROUP_BYTES = 32 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class OrbaxWeights:
@@ -39,19 +41,36 @@ class OrbaxWeights:
         return {join(path): _leaf(entry) for path, entry in walk(self.metadata)}
 
     def read(self, names: set[str]) -> Iterator[tuple[str, jax.Array]]:
-        """Bring arrays to the device, float64 as float32: all at once, as Orbax reads many at a time.
+        """Bring arrays to the device, float64 as float32: some at once, as Orbax reads many at a time.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
         """
-        wanted = _keep(self.metadata, names)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-        tree = _call(self.folder, lambda handler, folder: handler.restore(folder, args=args))
-        arrays = {join(path): array for path, array in walk(tree)}
-        del tree
-        while arrays:  # each is given up as it is handed on
-            yield arrays.popitem()
+        for group in _groups({name: leaf for name, leaf in self.leaves.items() if name in names}):
+            wanted = _keep(self.metadata, group)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+            tree = _call(self.folder, lambda handler, folder, args=args: handler.restore(folder, args=args))
+            arrays = {join(path): array for path, array in walk(tree)}
+            del tree
+            while arrays:  # each is given up as it is handed on
+                yield arrays.popitem()
+
+
+def _groups(leaves: Mapping[str, Leaf]) -> Iterator[set[str]]:
+    """Leaves in groups that are small beside a model, but for leaves that are not themselves.
+
+    The largest come first, when there is least beside them.
+    """
+    group, num_bytes = set(), 0
+    for name, leaf in sorted(leaves.items(), key=lambda item: -item[1].num_bytes):
+        if group and num_bytes + leaf.num_bytes > _GROUP_BYTES:
+            yield group
+            group, num_bytes = set(), 0
+        group.add(name)
+        num_bytes += leaf.num_bytes
+    if group:
+        yield group
 
 
 def open_orbax(folder: Path) -> OrbaxWeights:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.models import DecoderConfig
 
 
@@ -36,6 +35,9 @@ LAYERS = "l"
 
 MAX_PADDING = 1024
 """Rows that a padded axis may have too many: more would be another model's vocabulary."""
+
+_SOURCE = re.compile(r"[^\[\]]+(\[\d+\])?")
+_AXES = re.compile(r"(\w+|\([\w +]+\))( (\w+|\([\w +]+\)))* -> \w+( \w+)*")
 
 Part = tuple[str, ...]
 """Names of fused axes."""
@@ -124,12 +126,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, row: Row, config: DecoderConfig, *, num_layers: int = 1) -> Layout:
-        """Read a row's axes, of a source that is a stack of so many layers.
-
-        Raises:
-            CheckpointError: If the row is not in the language.
-        """
-        _check(row)
+        """Read a row's axes, of a source that is a stack of so many layers."""
         axes = tuple(map(_parts, row.stored_axes))
         wanted = row.axes.partition(" -> ")[2].split()
         sizes = {
@@ -235,33 +232,52 @@ def _parts(axis: str) -> tuple[Part, ...]:
     return tuple(tuple(part.split()) for part in axis.strip("()").split("+"))
 
 
-def _check(row: Row) -> None:
-    """Refuse a row that is not in the language: tables come from users, too."""
-    stored, arrow, wanted = row.axes.partition(" -> ")
-    axes = [_parts(axis) for axis in row.stored_axes]
-    known = {*AXES, LAYERS}
-    index = re.fullmatch(r"[^\[\]]+(\[\d+\])?", row.source)
-    if not arrow or not index or re.sub(r"\(.*?\)|\w+", "", stored).strip():
-        raise _bad(row, "write source or source[index], and stored axes -> the decoder's axes")
-    unknown = {name for parts in axes for part in parts for name in part} - known
+def problems_of(row: Row) -> Iterator[str]:
+    """What keeps a row from being one of this language."""
+    if not _SOURCE.fullmatch(row.source):
+        yield f"source {row.source!r} must be a name, and if it has parts an index behind it, as 'a/b[0]'"
+    elif not _AXES.fullmatch(row.axes):
+        yield f"axes {row.axes!r} must be stored axes -> the decoder's, such as '(n h) d -> d n h'"
+    else:
+        yield from _bad_axes(row) or _bad_ops(row)
+
+
+def _bad_axes(row: Row) -> list[str]:
+    wanted = row.axes.partition(" -> ")[2]
+    axes = tuple(map(_parts, row.stored_axes))
+    unknown = {name for parts in axes for part in parts for name in part} - {*AXES, LAYERS}
     if unknown:
-        raise _bad(row, f"{', '.join(sorted(unknown))} is no axis; use {', '.join(sorted(known))}")
-    num_parts = [len(parts) for parts in axes if len(parts) > 1]
-    if len(num_parts) > 1 or row.part >= (num_parts[0] if num_parts else 1):
-        raise _bad(row, "one axis may have parts, and the index is one of them, counted from 0")
-    names = [name for name in _names(tuple(axes), row.part) if name != LAYERS]
-    if sorted(names) != sorted(wanted.split()):
-        raise _bad(row, f"the decoder's axes must be those of the part: {' '.join(names)}")
+        sizes = ", ".join(f"{letter} {axis.key}" for letter, axis in AXES.items())
+        named = ", ".join(map(repr, sorted(unknown)))
+        return [f"axes {row.axes!r} have unknown {named}; use {sizes}, {LAYERS} layers stacked"]
+    several = [len(parts) for parts in axes if len(parts) > 1]
+    if len(several) > 1:
+        return [f"axes {row.axes!r} have parts on more than one axis; a source has one index"]
+    num_parts = several[0] if several else 1
+    if row.part >= num_parts:
+        return [f"source {row.source!r} has no part {row.part}; axes {row.axes!r} have {num_parts}"]
+    if several and "[" not in row.source:
+        return [f"source {row.source!r} has {num_parts} parts; say which, such as '{row.source}[0]'"]
+    kept = [name for name in _names(axes, row.part) if name != LAYERS]
+    if sorted(kept) != sorted(wanted.split()):
+        return [f"axes {row.axes!r} begin with {', '.join(kept)} and end with other letters; use the same"]
+    return []
+
+
+def _bad_ops(row: Row) -> list[str]:
+    axes = tuple(map(_parts, row.stored_axes))
+    names = [name for name in _names(axes, row.part) if name != LAYERS]
     lone = [parts[0][0] for parts in axes if len(parts) == len(parts[0]) == 1]
     axes_of = {UNPAD: lone, **dict.fromkeys(ORDERS, names)}
+    problems = []
     for name, value in row.ops:
-        if name not in axes_of and name not in ARITHMETIC:
-            raise _bad(row, f"{name} is no operation; use {', '.join((*ARITHMETIC, *axes_of))}")
-        if name in ARITHMETIC and not isinstance(value, int | float):
-            raise _bad(row, f"{name} needs a number, not {value!r}")
-        if name in axes_of and value not in axes_of[name]:
-            raise _bad(row, f"{name} needs one of the axes {' '.join(axes_of[name])}, not {value!r}")
-
-
-def _bad(row: Row, what: str) -> CheckpointError:
-    return CheckpointError(f"{row.source}: {row.axes!r} with {list(row.ops)} is no row of a table: {what}")
+        if name in axes_of:
+            if value not in axes_of[name]:
+                problems.append(f"op {name!r} needs one of the axes {' '.join(axes_of[name])}, not {value!r}")
+        elif name not in ARITHMETIC:
+            known = ", ".join(map(repr, (*ARITHMETIC, *axes_of)))
+            problems.append(f"unknown op {name!r}; use one of {known}")
+        elif isinstance(value, str) or not math.isfinite(value) or (name == "scale" and value == 0):
+            not_0 = ", not 0" if name == "scale" else ""
+            problems.append(f"op {name!r} with {value!r}: give a finite number{not_0}")
+    return problems

@@ -12,46 +12,66 @@ import jax
 from jaxattn.checkpoints.errors import CheckpointError
 from jaxattn.checkpoints.hf_config import config_to_dict
 from jaxattn.checkpoints.locate import CONFIG
+from jaxattn.checkpoints.manifest import write_manifest
 from jaxattn.checkpoints.mapping import expand, leaf_name
 from jaxattn.checkpoints.rows import Layout
 from jaxattn.checkpoints.tables import flax_table
-from jaxattn.models import DecoderConfig, Model
+from jaxattn.models import DecoderConfig, abstract_params
 from jaxattn.models.decoder import Params
 
 
-def save_model(path: str | os.PathLike[str], model: Model) -> None:
+def save_params(path: str | os.PathLike[str], params: Params, config: DecoderConfig) -> None:
     """Write a checkpoint that `load_model` reads back, bit by bit.
 
-    It consists of `config.json` and of an Orbax folder `params`, whose leaves are named and shaped
-    as in Hugging Face's Flax models. A tied head is not written.
+    It consists of `config.json`, of an Orbax folder `params`, whose leaves are named and shaped as in
+    Hugging Face's Flax models, and of a manifest of checksums. A tied head is not written.
 
     Args:
         path: A folder that does not exist yet, or is empty.
-        model: The model.
+        params: The parameters.
+        config: The decoder that they are for.
 
     Raises:
-        CheckpointError: If there is something at the path, or the config cannot be written. In
-            either case nothing has been written.
+        CheckpointError: If there is something at the path, the config cannot be written, or the parameters
+            are not those of the config. In all cases nothing has been written.
     """
     from jaxattn.checkpoints.orbax_weights import write_orbax  # slow to import; see load.py
 
     folder = Path(path).expanduser().absolute()
-    config = json.dumps(config_to_dict(model.config), indent=2)
+    described = json.dumps(config_to_dict(config), indent=2)
+    _check_shapes(params, config)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not an empty folder; nothing is written over")
     folder.mkdir(parents=True, exist_ok=True)
-    tree = stored_tree(model.params, model.config)
+    tree = stored_tree(params, config)
     write_orbax(folder / "params", tree)
-    (folder / CONFIG).write_text(config + "\n")
+    (folder / CONFIG).write_text(described + "\n")
+    write_manifest(folder)
+
+
+def _check_shapes(params: Params, config: DecoderConfig) -> None:
+    wanted = {leaf_name(path): leaf.shape for path, leaf in _leaves(abstract_params(config, "float32"))}
+    given = {leaf_name(path): leaf.shape for path, leaf in _leaves(params)}
+    wrong = [name for name in wanted | given if wanted.get(name) != given.get(name)]
+    if wrong:
+        raise CheckpointError(
+            "the parameters do not fit the config:\n  "
+            + "\n  ".join(
+                f"{name} is {given.get(name)}, the config needs {wanted.get(name)}" for name in wrong
+            )
+        )
 
 
 def stored_tree(params: Params, config: DecoderConfig) -> dict[str, Any]:
     """The decoder's parameters as the nested tree that Hugging Face's Flax models have."""
-    leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    leaves = {leaf_name(path): leaf for path, leaf in _leaves(params)}
     rows = expand(flax_table(config), config)
     layouts = {name: Layout.of(row, config) for name, row in rows.items()}
     convert = jax.jit(lambda leaves: {name: layouts[name].to_stored(leaves[name]) for name in rows})
     return _nest({rows[name].name: array for name, array in convert(leaves).items()})
+
+
+_leaves = jax.tree.leaves_with_path
 
 
 def _nest(leaves: dict[str, jax.Array]) -> dict[str, Any]:

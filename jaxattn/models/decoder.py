@@ -5,7 +5,8 @@
     logits = norm(x) · head
 
 What families add to that, norms, biases, scales and caps, the config says. Parameters are a dictionary
-`{"embed", "layers": (…,), "final_norm"[, "head"]}`; `abstract_params` is the single source of its shapes.
+`{"embed", "layers": (…,), "final_norm"[, "head"]}`; `abstract_params` is the single source of its shapes and
+of where its leaves lie.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int32
 
 from jaxattn.cache import QUANTIZED_DTYPES, PagedKVCache, is_quantized
@@ -31,8 +33,35 @@ PackedKV = tuple[tuple[Array, Array], ...]
 """Keys and values `[T, K, H]` of each layer."""
 
 
-def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Params:
-    """Shapes and dtypes of the parameters, without any memory behind them."""
+# Of a leaf that is divided among the devices of a mesh: which of its axes.
+MODEL_AXIS = "model"
+_DIVIDED = {
+    "q": 1,
+    "k": 1,
+    "v": 1,
+    "o": 0,
+    "q_bias": 0,
+    "k_bias": 0,
+    "v_bias": 0,
+    "gate": 1,
+    "up": 1,
+    "down": 0,
+}
+
+
+def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> Params:
+    """Shapes, dtypes and shardings of the parameters, without any memory behind them.
+
+    What is compiled from these leaves serves arrays that are loaded into them, and is found again in JAX's
+    persistent compilation cache, whose keys depend on how arguments are placed.
+
+    Args:
+        config: The decoder.
+        dtype: Of every leaf.
+        mesh: The devices. If it has an axis named "model", heads and the features of the MLP are divided
+            along it, where it divides their number; all else is on every device. None for the first device
+            alone.
+    """
     V, D, F = config.vocab_size, config.hidden_size, config.intermediate_size
     N, K, H = config.num_q_heads, config.num_kv_heads, config.head_dim
 
@@ -63,7 +92,28 @@ def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Param
     }
     if not config.tie_embeddings:
         params["head"] = leaf(D, V)
-    return params
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf.update(sharding=_sharding(path[-1].key, leaf.shape, mesh)), params
+    )
+
+
+def replicated(mesh: Mesh | None) -> Sharding:
+    """The sharding of what lies whole on every device of a mesh; without one, on the first device."""
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    # What is divided is the compiler's business, also in meshes whose axes would have it in the types.
+    automatic = (AxisType.Auto,) * len(mesh.axis_names)
+    return NamedSharding(Mesh(mesh.devices, mesh.axis_names, axis_types=automatic), PartitionSpec())
+
+
+def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
+    whole = replicated(mesh)
+    axis = _DIVIDED.get(name)
+    if axis is None or not isinstance(whole, NamedSharding) or MODEL_AXIS not in whole.mesh.axis_names:
+        return whole
+    if shape[axis] % whole.mesh.shape[MODEL_AXIS]:
+        return whole
+    return NamedSharding(whole.mesh, PartitionSpec(*[None] * axis, MODEL_AXIS))
 
 
 def init_params(key: Array, config: DecoderConfig, dtype: jax.typing.DTypeLike = "float32") -> Params:

@@ -1,24 +1,27 @@
 """The compiled programs of a decoder: `score`, `calibrate`, `prefill` and `decode` of `steps.py`.
 
-Each is compiled once per bucket, ahead of time, from shapes alone: no weights are needed, so
+Each is compiled once per bucket, ahead of time, from `abstract_params` alone: no weights are needed, so
 compilation can run while a checkpoint is still being read.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from jaxattn.batch import abstract_batch
 from jaxattn.buckets import Bucket
 from jaxattn.cache import is_quantized
 from jaxattn.models import steps
+from jaxattn.models.compile_cache import compile_cache
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import Params, abstract_params, check_cache_dtype, init_cache
+from jaxattn.models.decoder import Params, abstract_params, check_cache_dtype, init_cache, replicated
 from jaxattn_kernels.arrays import KVScales
 
 
@@ -29,12 +32,24 @@ class Programs:
     Attributes:
         config: The decoder.
         dtype: Of the parameters, and of a cache for which no other is asked.
+        mesh: The devices, as of `abstract_params`; what is no parameter is on each of them.
+        cache_dir: Folder of JAX's persistent compilation cache for these programs; None leaves it as JAX is
+            configured.
+        may_compile: Whether a program that is not there yet is compiled when it is asked for.
         compiled: Every program compiled so far, by what it was compiled for.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype
-    compiled: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    may_compile: bool = True
+    compiled: dict[tuple[Hashable, ...], jax.stages.Compiled] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the programs compiled so far do, such as "score" or "prefill"."""
+        return tuple(str(name) for name, *_ in self.compiled)
 
     def score(self, bucket: Bucket, *, implementation: str = "auto") -> Callable:
         """The program `(params, batch) -> logits` of `steps.score`."""
@@ -112,17 +127,30 @@ class Programs:
         leaves, tree = jax.tree.flatten(abstract_args)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         key = (function.__name__, tree, shapes, tuple(static.items()))
-        if key not in self.compiled:
-            jitted = jax.jit(
-                function,
-                static_argnames=("config", *static),
-                donate_argnames="cache" if function in (steps.prefill, steps.decode) else None,
+        if key in self.compiled:
+            return self.compiled[key]
+        if not self.may_compile:
+            raise ValueError(
+                f"the program {function.__name__!r} is not compiled, and compile='none' was asked for; load "
+                f"the model with compile='lazy', or with 'overlap' and its bucket among buckets"
             )
-            self.compiled[key] = jitted.lower(*abstract_args, config=self.config, **static).compile()
+        jitted = jax.jit(
+            function,
+            static_argnames=("config", *static),
+            donate_argnames="cache" if function in (steps.prefill, steps.decode) else None,
+            out_shardings=None if self.mesh is None else replicated(self.mesh),
+        )
+        with compile_cache(self.cache_dir):
+            placed = jax.tree.map(self._place, abstract_args)
+            self.compiled[key] = jitted.lower(*placed, config=self.config, **static).compile()
         return self.compiled[key]
 
+    def _place(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """An argument on all devices, unless its own sharding says where it is."""
+        return leaf.update(sharding=replicated(self.mesh)) if leaf.sharding is None else leaf
+
     def _params(self) -> Params:
-        return abstract_params(self.config, self.dtype)
+        return abstract_params(self.config, self.dtype, self.mesh)
 
     def _cache(self, num_pages: int, page_size: int, cache_dtype: jax.typing.DTypeLike | None) -> Any:
         dtype = check_cache_dtype(cache_dtype, self.dtype)
@@ -154,5 +182,10 @@ class Model:
 
     @classmethod
     def from_params(cls, config: DecoderConfig, params: Params) -> Model:
-        """A model of parameters that are on the device already; nothing is compiled yet."""
-        return cls(config, params, Programs(config, params["embed"].dtype))
+        """A model of parameters on one device, or placed as by `abstract_params`; nothing is compiled."""
+        embed = params["embed"]
+        sharding = getattr(embed, "sharding", None)  # a NumPy array has none
+        mesh = (
+            sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+        )
+        return Model(config, params, Programs(config, embed.dtype, mesh))
