@@ -37,6 +37,7 @@ class Checkpoint:
         plan: What becomes of them.
         dtype: Of the parameters.
         mesh: The devices they go to, as of `abstract_params`.
+        stack_layers: Whether layers are stacked.
     """
 
     format: str
@@ -45,6 +46,7 @@ class Checkpoint:
     plan: Plan
     dtype: jnp.dtype
     mesh: Mesh | None
+    stack_layers: bool
 
     def read(self, *, check_finite: bool = False, on_read: Callable[[int], None] = lambda _: None) -> Params:
         """Read the weights and convert them, one by one, each into its place. This can be done once.
@@ -56,13 +58,14 @@ class Checkpoint:
         Raises:
             CheckpointError: If a file is damaged, or a number is not finite.
         """
-        plan, leaves, finite = self.plan, {}, {}
-        parameters = abstract_params(plan.config, self.dtype, self.mesh)
-        places = {leaf_name(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(parameters)}
+        plan, finite = self.plan, {}
+        parameters = Filling(
+            abstract_params(plan.config, self.dtype, self.mesh, stack_layers=self.stack_layers)
+        )
         for source, stored in self.weights.read(set(self.sizes)):
             for name in [name for name in plan.sources if plan.sources[name] == source]:
                 leaf = convert(stored, layout=plan.layouts[name], dtype=self.dtype)
-                leaves[name] = jax.device_put(leaf, places[name]).block_until_ready()
+                parameters.put(name, leaf)
                 if check_finite:
                     finite[name] = is_finite(leaf)
             del stored  # no more than this one leaf is held beside the result
@@ -71,7 +74,46 @@ class Checkpoint:
         if bad:
             what = f"NaN or infinite numbers, as {self.dtype.name}, in"
             raise CheckpointError("\n  ".join([f"the weights have {what}:", *bad]))
-        return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], parameters)
+        return parameters.tree()
+
+
+class Filling:
+    """Parameters that are being filled in, leaf by leaf.
+
+    Args:
+        abstract: Their shapes and places.
+    """
+
+    def __init__(self, abstract: Params) -> None:
+        self._abstract = abstract
+        self._places = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
+        self._leaves: dict[str, jax.Array] = {}
+
+    def put(self, name: str, leaf: jax.Array) -> None:
+        """Put a leaf where it belongs, and wait until it is there.
+
+        Args:
+            name: As tables name it, with the number of its layer even where layers are stacked.
+            leaf: Of one layer.
+        """
+        if name in self._places:
+            self._leaves[name] = jax.device_put(leaf, self._places[name].sharding).block_until_ready()
+            return
+        layers, number, rest = name.split(".", 2)
+        name = f"{layers}.{rest}"
+        if name not in self._leaves:
+            place = self._places[name]
+            self._leaves[name] = jnp.zeros(place.shape, place.dtype, device=place.sharding)
+        self._leaves[name] = _insert(self._leaves[name], leaf, int(number)).block_until_ready()
+
+    def tree(self) -> Params:
+        """The parameters, when all are there."""
+        return jax.tree.map_with_path(lambda path, _: self._leaves[leaf_name(path)], self._abstract)
+
+
+@functools.partial(jax.jit, donate_argnames="stack")
+def _insert(stack: jax.Array, leaf: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, leaf, number, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "dtype"))
@@ -93,6 +135,7 @@ def open_checkpoint(
     dtype: jax.typing.DTypeLike | None = None,
     table: Table | None = None,
     mesh: Mesh | None = None,
+    stack_layers: bool = False,
     verify: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint and compare its names and shapes with its config.
@@ -103,6 +146,7 @@ def open_checkpoint(
         dtype: As of `load_params`.
         table: As of `load_params`.
         mesh: As of `load_params`.
+        stack_layers: As of `load_params`.
         verify: As of `load_params`.
 
     Raises:
@@ -120,7 +164,7 @@ def open_checkpoint(
     plan = match(leaves, config, choose_table(leaves, config) if rows is None else rows)
     wanted = _stored_dtype(leaves[plan.sources["embed"]]) if wanted is None else wanted
     sizes = {source: leaves[source].num_bytes for source in plan.sources.values()}
-    return Checkpoint(format_of(location), weights, sizes, plan, wanted, mesh)
+    return Checkpoint(format_of(location), weights, sizes, plan, wanted, mesh, stack_layers)
 
 
 def format_of(location: Location) -> str:
