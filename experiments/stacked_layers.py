@@ -3,8 +3,8 @@
     python experiments/stacked_layers.py
 
 Decoders of 4, 12 and 24 layers (width 768, float32, 8 prompts of 16 to 128 tokens, 32 new tokens), once with
-layers apart and once stacked. Each is lowered and compiled for prefill and decode three times anew; then the two
-run in turns, from the same weights, and must write the same tokens.
+layers apart and once stacked. Each is lowered and compiled for prefill and decode three times anew. Then the
+two run in turns, from the same weights, and must write the same tokens.
 
 Writes `experiments/results/stacked_layers.json` with provenance.
 """
@@ -55,9 +55,8 @@ def seconds_to_compile(model: Model) -> float:
 
 def examine(num_layers: int) -> dict[str, Any]:
     """Both kinds of one decoder."""
-    config = dataclasses.replace(
-        CONFIG, num_layers=num_layers, sliding_windows=(None,), ropes=CONFIG.ropes[:1]
-    )
+    one_for_all = {"sliding_windows": CONFIG.sliding_windows[:1], "ropes": CONFIG.ropes[:1]}
+    config = dataclasses.replace(CONFIG, num_layers=num_layers, **one_for_all)
     params = init_params(jax.random.key(0), config)
     models = {
         "apart": Model.from_params(config, params),
@@ -87,9 +86,8 @@ def main() -> None:
     for row in rows:
         compiling = {name: statistics.median(values) for name, values in row["seconds_to_compile"].items()}
         running = row["microseconds_to_generate"]
-        ratios = [
-            b / a for a, b in zip(*(running[n]["rounds_us"] for n in ("apart", "stacked")), strict=True)
-        ]
+        apart, stacked = (running[name]["rounds_us"] for name in ("apart", "stacked"))
+        ratios = [b / a for a, b in zip(apart, stacked, strict=True)]
         table.add_row(
             str(row["num_layers"]),
             f"{compiling['apart']:.1f}",
