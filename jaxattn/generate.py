@@ -260,6 +260,7 @@ def generate(
         page_size=page_size,
         dtype=cache_dtype,
         kv_scales=kv_scales,
+        stack_layers=model.programs.stack_layers,
     )
     logits, cache, batch = prefill(model.params, cache, batch)
     tokens, num_tokens, _ = decode(

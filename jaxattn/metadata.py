@@ -9,6 +9,7 @@ the part that is used; standing alone, it takes a selection.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from jaxattn.spec import AttentionSpec, Visibility
 # What a field may need to exist (`metadata_field(needs=...)`).
 PAGES = "a batch nested with page_tables"
 TABLE_WIDTH = "max_pages_per_seq and a batch nested with page_tables"
+_PAGE_NUMBERS = ("page_list", "kv_page_list", "page_indices")
 ROPE = "specs with rope"
 
 
@@ -369,6 +371,20 @@ class AttentionMetadata(Prepared):
     def _tokens_per_page(self) -> int:
         assert self.page_size is not None
         return self.page_size
+
+    def at_page(self, first: int | Int32[Array, ""]) -> AttentionMetadata:
+        """The same for a cache that is part of a larger one, such as a layer's in one array with all others.
+
+        Args:
+            first: Number of the page in the larger cache that is page 0 of the smaller.
+        """
+        moved = {name: self.values[name] + first for name in _PAGE_NUMBERS if name in self.values}
+        if "slot_mapping" in self.values:
+            slots = self.values["slot_mapping"]
+            moved["slot_mapping"] = jnp.where(
+                slots == PAD_SLOT, PAD_SLOT, slots + first * self._tokens_per_page
+            )
+        return dataclasses.replace(self, values=self.values | moved)
 
     def visible_keys(self, window_class: Visibility) -> VisibleKeys:
         """The visible keys of a window class.

@@ -88,7 +88,12 @@ class Server:
                 f"calibrate_kv_scales on prompts such as will be served"
             )
         self._cache = init_cache(
-            model.config, num_pages=num_pages, page_size=page_size, dtype=cache_dtype, kv_scales=kv_scales
+            model.config,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=cache_dtype,
+            kv_scales=kv_scales,
+            stack_layers=model.programs.stack_layers,
         )
 
     @property

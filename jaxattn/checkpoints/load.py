@@ -43,6 +43,7 @@ def load_params(
     dtype: jax.typing.DTypeLike | None = None,
     table: Table | None = None,
     mesh: Mesh | None = None,
+    stack_layers: bool = False,
     check_finite: bool = False,
     verify: bool = False,
 ) -> Params:
@@ -59,6 +60,8 @@ def load_params(
             file of them (see `read_table`).
         mesh: The devices that the parameters go to, as of `abstract_params`. Each leaf passes through the
             first one as a whole.
+        stack_layers: Whether to stack the leaves of all layers: programs then run layers in a loop, and
+            compile several times faster (see `models/stacked.py`).
         check_finite: Whether to look for NaN and infinity in the parameters.
         verify: Whether to compare all files with the checksums of `write_manifest` first.
 
@@ -74,7 +77,9 @@ def load_params(
     Warns:
         UserWarning: If the config ties the head to the embedding, but a different one is stored.
     """
-    checkpoint = open_checkpoint(path, config, dtype=dtype, table=table, mesh=mesh, verify=verify)
+    checkpoint = open_checkpoint(
+        path, config, dtype=dtype, table=table, mesh=mesh, stack_layers=stack_layers, verify=verify
+    )
     params, _ = _read(checkpoint, check_finite, threading.Event())
     _warn_of_other_head(checkpoint.plan, params)
     return params
@@ -90,6 +95,7 @@ def load_model(
     compile: str = "overlap",
     cache_dir: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
+    stack_layers: bool = False,
     check_finite: bool = False,
     verify: bool = False,
 ) -> LoadedModel:
@@ -108,6 +114,7 @@ def load_model(
         cache_dir: Folder of JAX's persistent compilation cache for all programs of this model, so that no
             later start compiles them again. JAX's own setting holds for everything else, and where None.
         mesh: As of `load_params`; the model runs on its devices.
+        stack_layers: As of `load_params`.
         check_finite: As of `load_params`.
         verify: As of `load_params`.
 
@@ -126,9 +133,13 @@ def load_model(
     started, memory = time.perf_counter(), HostMemory()
     cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
     with compile_cache(cache_dir), count_cache() as cache:
-        checkpoint = open_checkpoint(path, config, dtype=dtype, table=table, mesh=mesh, verify=verify)
+        checkpoint = open_checkpoint(
+            path, config, dtype=dtype, table=table, mesh=mesh, stack_layers=stack_layers, verify=verify
+        )
         config, plan = checkpoint.plan.config, checkpoint.plan
-        programs = Programs(config, checkpoint.dtype, mesh, cache_dir, may_compile=compile != "none")
+        programs = Programs(
+            config, checkpoint.dtype, mesh, cache_dir, stack_layers, may_compile=compile != "none"
+        )
         compiling, stop = 0.0, threading.Event()
         with ThreadPoolExecutor(max_workers=1) as reader:
             reading = reader.submit(_read, checkpoint, check_finite, stop)

@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattn.checkpoints.errors import CheckpointError
+from jaxattn.checkpoints.filling import Filling
 from jaxattn.checkpoints.gemma_table import is_gemma_library
 from jaxattn.checkpoints.gemma_variants import config_of_variant
 from jaxattn.checkpoints.hf_config import read_config
 from jaxattn.checkpoints.locate import Location, locate
 from jaxattn.checkpoints.manifest import verify_manifest
-from jaxattn.checkpoints.mapping import Leaf, Plan, leaf_name, match, spelled_shapes
+from jaxattn.checkpoints.mapping import Leaf, Plan, match, spelled_shapes
 from jaxattn.checkpoints.maxtext_table import is_maxtext
 from jaxattn.checkpoints.rows import Layout
 from jaxattn.checkpoints.tables import choose_table
@@ -41,6 +42,7 @@ class Checkpoint:
         plan: What becomes of them.
         dtype: Of the parameters.
         mesh: The devices they go to, as of `abstract_params`.
+        stack_layers: Whether layers are stacked.
     """
 
     format: str
@@ -49,6 +51,7 @@ class Checkpoint:
     plan: Plan
     dtype: jnp.dtype
     mesh: Mesh | None
+    stack_layers: bool
 
     def read(self, *, check_finite: bool = False, on_read: Callable[[int], None] = lambda _: None) -> Params:
         """Read the weights and convert them, one by one, each into its place. This can be done once.
@@ -60,14 +63,15 @@ class Checkpoint:
         Raises:
             CheckpointError: If a file is damaged, or a number is not finite.
         """
-        plan, leaves, finite = self.plan, {}, {}
-        parameters = abstract_params(plan.config, self.dtype, self.mesh)
-        places = {leaf_name(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(parameters)}
+        plan, finite = self.plan, {}
+        parameters = Filling(
+            abstract_params(plan.config, self.dtype, self.mesh, stack_layers=self.stack_layers)
+        )
         for source, stored in self.weights.read(set(self.sizes)):
             for name in [name for name in plan.sources if plan.sources[name] == source]:
                 layer = np.int32(plan.layers[name])
                 leaf = convert(stored, layer, layout=plan.layouts[name], dtype=self.dtype)
-                leaves[name] = jax.device_put(leaf, places[name]).block_until_ready()
+                parameters.put(name, leaf)
                 if check_finite:
                     finite[name] = is_finite(leaf)
             del stored  # no more than this one leaf is held beside the result
@@ -76,7 +80,7 @@ class Checkpoint:
         if bad:
             what = f"NaN or infinite numbers, as {self.dtype.name}, in"
             raise CheckpointError("\n  ".join([f"the weights have {what}:", *bad]))
-        return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], parameters)
+        return parameters.tree()
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "dtype"))
@@ -98,6 +102,7 @@ def open_checkpoint(
     dtype: jax.typing.DTypeLike | None = None,
     table: Table | None = None,
     mesh: Mesh | None = None,
+    stack_layers: bool = False,
     verify: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint and compare its names and shapes with its config.
@@ -108,6 +113,7 @@ def open_checkpoint(
         dtype: As of `load_params`.
         table: As of `load_params`.
         mesh: As of `load_params`.
+        stack_layers: As of `load_params`.
         verify: As of `load_params`.
 
     Raises:
@@ -129,7 +135,7 @@ def open_checkpoint(
     plan = match(leaves, config, choose_table(leaves, config) if rows is None else rows)
     wanted = _stored_dtype(leaves[plan.sources["embed"]]) if wanted is None else wanted
     sizes = {source: leaves[source].num_bytes for source in plan.sources.values()}
-    return Checkpoint(format_of(location), weights, sizes, plan, wanted, mesh)
+    return Checkpoint(format_of(location), weights, sizes, plan, wanted, mesh, stack_layers)
 
 
 def format_of(location: Location) -> str:

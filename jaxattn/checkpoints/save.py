@@ -16,7 +16,7 @@ from jaxattn.checkpoints.manifest import write_manifest
 from jaxattn.checkpoints.mapping import expand, leaf_name
 from jaxattn.checkpoints.rows import Layout
 from jaxattn.checkpoints.tables import flax_table
-from jaxattn.models import DecoderConfig, abstract_params
+from jaxattn.models import DecoderConfig, abstract_params, unstack_layers
 from jaxattn.models.decoder import Params
 
 
@@ -39,6 +39,7 @@ def save_params(path: str | os.PathLike[str], params: Params, config: DecoderCon
 
     folder = Path(path).expanduser().absolute()
     described = json.dumps(config_to_dict(config), indent=2)
+    params = unstack_layers(params)
     _check_shapes(params, config)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not an empty folder; nothing is written over")

@@ -11,6 +11,7 @@ from jaxattn.models.decoder import (
     unembed,
 )
 from jaxattn.models.programs import Model, Programs
+from jaxattn.models.stacked import stack_layers, unstack_layers
 from jaxattn.rope import RopeConfig
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "forward",
     "init_cache",
     "init_params",
+    "stack_layers",
     "unembed",
+    "unstack_layers",
 ]

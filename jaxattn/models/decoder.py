@@ -7,11 +7,15 @@
 What families add to that, norms, biases, scales and caps, the config says. Parameters are a dictionary
 `{"embed", "layers": (…,), "final_norm"[, "head"]}`; `abstract_params` is the single source of its shapes and
 of where its leaves lie.
+
+"layers" is one dictionary per layer, or a single one of stacked leaves: see `stacked.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any, overload
+import dataclasses
+import functools
+from typing import Any, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +29,14 @@ from jaxattn.cache import init_cache as init_layer_cache
 from jaxattn.layer import attend_layer
 from jaxattn.metadata import AttentionMetadata
 from jaxattn.models.config import DecoderConfig
+from jaxattn.models.stacked import is_stacked, scan_layers, stacked_leaf
+from jaxattn.spec import AttentionSpec
 from jaxattn_kernels.arrays import KVScales
 
 Params = dict[str, Any]
-Cache = tuple[PagedKVCache, ...]
+Cache = tuple[PagedKVCache, ...] | PagedKVCache
+"""One per layer; of stacked layers a single one, with all pages of a layer after all of the layer before, and
+scales `[L, K]`."""
 PackedKV = tuple[tuple[Array, Array], ...]
 """Keys and values `[T, K, H]` of each layer."""
 
@@ -49,7 +57,13 @@ _DIVIDED = {
 }
 
 
-def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> Params:
+def abstract_params(
+    config: DecoderConfig,
+    dtype: jax.typing.DTypeLike,
+    mesh: Mesh | None = None,
+    *,
+    stack_layers: bool = False,
+) -> Params:
     """Shapes, dtypes and shardings of the parameters, without any memory behind them.
 
     What is compiled from these leaves serves arrays that are loaded into them, and is found again in JAX's
@@ -61,6 +75,7 @@ def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike, mesh: Me
         mesh: The devices. If it has an axis named "model", heads and the features of the MLP are divided
             along it, where it divides their number; all else is on every device. None for the first device
             alone.
+        stack_layers: Whether layers are stacked.
     """
     V, D, F = config.vocab_size, config.hidden_size, config.intermediate_size
     N, K, H = config.num_q_heads, config.num_kv_heads, config.head_dim
@@ -92,9 +107,13 @@ def abstract_params(config: DecoderConfig, dtype: jax.typing.DTypeLike, mesh: Me
     }
     if not config.tie_embeddings:
         params["head"] = leaf(D, V)
-    return jax.tree.map_with_path(
+    params = jax.tree.map_with_path(
         lambda path, leaf: leaf.update(sharding=_sharding(path[-1].key, leaf.shape, mesh)), params
     )
+    if stack_layers:
+        first, *_ = params["layers"]
+        params["layers"] = jax.tree.map(lambda leaf: stacked_leaf(leaf, config.num_layers), first)
+    return params
 
 
 def replicated(mesh: Mesh | None) -> Sharding:
@@ -145,8 +164,9 @@ def init_cache(
     page_size: int,
     dtype: jax.typing.DTypeLike,
     kv_scales: KVScales | None = None,
+    stack_layers: bool = False,
 ) -> Cache:
-    """An empty paged cache, one entry per layer; all layers share one page table.
+    """An empty paged cache of all layers, which share one page table.
 
     Args:
         config: The decoder.
@@ -154,12 +174,15 @@ def init_cache(
         page_size: Tokens per page.
         dtype: Element type of keys and values.
         kv_scales: Of a quantised cache, and of no other, its scales `[L, K]`.
+        stack_layers: Whether it is for stacked layers.
 
     Raises:
-        ValueError: If scales and dtype disagree, or a slot would not be an int32.
+        ValueError: If scales and dtype disagree, or a slot would not be an int32; of stacked layers those of
+            all layers are numbered together.
     """
-    return tuple(
-        init_layer_cache(
+
+    def layer(i: int, num_pages: int) -> PagedKVCache:
+        return init_layer_cache(
             num_pages=num_pages,
             page_size=page_size,
             num_kv_heads=config.num_kv_heads,
@@ -168,8 +191,14 @@ def init_cache(
             k_scale=None if kv_scales is None else kv_scales.k[i],
             v_scale=None if kv_scales is None else kv_scales.v[i],
         )
-        for i in range(config.num_layers)
-    )
+
+    if not stack_layers:
+        return tuple(layer(i, num_pages) for i in range(config.num_layers))
+    cache = layer(0, num_pages * config.num_layers)
+    if kv_scales is None:
+        return cache
+    k_scale, v_scale = (jnp.array(scale, jnp.float32) for scale in kv_scales)
+    return dataclasses.replace(cache, k_scale=k_scale, v_scale=v_scale)
 
 
 def check_cache_dtype(dtype: jax.typing.DTypeLike | None, params_dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -276,23 +305,48 @@ def forward(
     Returns:
         Final hidden states, after the last norm, and the cache with this step's keys written; without a
             cache, this step's keys and values.
+
+    Raises:
+        ValueError: If layers are stacked in the parameters and not in the cache, or the other way round.
     """
+    if cache is not None and isinstance(cache, PagedKVCache) != is_stacked(params):
+        raise ValueError(
+            f"layers are stacked in {'params' if is_stacked(params) else 'cache'} alone; "
+            f"make the cache by init_cache(..., stack_layers={is_stacked(params)})"
+        )
     x = params["embed"][token_ids]
     if config.embedding_scale is not None:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    written = []
-    for i, (layer, spec) in enumerate(zip(params["layers"], config.layer_specs(), strict=True)):
-        h = rms_norm(x, layer["attention_norm"], config)
-        q, k, v = _project_qkv(h, layer, config)
-        layer_cache = None if cache is None else cache[i]
-        out, layer_written = attend_layer(q, k, v, metadata, spec, layer_cache, implementation=implementation)
-        written.append(layer_written)
-        h = _project("tnh,nhd->td", out, layer["o"])
-        x = x + (rms_norm(h, layer["post_attention_norm"], config) if config.post_norms else h)
-        h = _mlp(rms_norm(x, layer["mlp_norm"], config), layer, config)
-        x = x + (rms_norm(h, layer["post_mlp_norm"], config) if config.post_norms else h)
-    hidden = rms_norm(x, params["final_norm"], config)
-    return hidden, tuple(written)
+    run = functools.partial(_run_layer, config=config, implementation=implementation)
+    layers, specs, given = params["layers"], config.layer_specs(), cast(Any, cache)
+    if is_stacked(params):
+        x, written = scan_layers(layers, x, metadata, given, specs, run)
+    else:
+        written = ()
+        for layer, spec, of_layer in zip(layers, specs, given or [None] * len(specs), strict=True):
+            x, layer_written = run(x, layer, metadata, of_layer, spec)
+            written = (*written, layer_written)
+    return rms_norm(x, params["final_norm"], config), written
+
+
+def _run_layer(
+    x: Float[Array, "T D"],
+    layer: Params,
+    metadata: AttentionMetadata,
+    cache: PagedKVCache | None,
+    spec: AttentionSpec,
+    *,
+    config: DecoderConfig,
+    implementation: str,
+) -> tuple[Float[Array, "T D"], Any]:
+    """Hidden states after a layer, and its cache, or its keys and values."""
+    h = rms_norm(x, layer["attention_norm"], config)
+    q, k, v = _project_qkv(h, layer, config)
+    out, written = attend_layer(q, k, v, metadata, spec, cache, implementation=implementation)
+    h = _project("tnh,nhd->td", out, layer["o"])
+    x = x + (rms_norm(h, layer["post_attention_norm"], config) if config.post_norms else h)
+    h = _mlp(rms_norm(x, layer["mlp_norm"], config), layer, config)
+    return x + (rms_norm(h, layer["post_mlp_norm"], config) if config.post_norms else h), written
 
 
 def unembed(params: Params, config: DecoderConfig, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:

@@ -22,6 +22,7 @@ from jaxattn.models import steps
 from jaxattn.models.compile_cache import compile_cache
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import Params, abstract_params, check_cache_dtype, init_cache, replicated
+from jaxattn.models.stacked import is_stacked
 from jaxattn_kernels.arrays import KVScales
 
 
@@ -35,6 +36,7 @@ class Programs:
         mesh: The devices, as of `abstract_params`; what is no parameter is on each of them.
         cache_dir: Folder of JAX's persistent compilation cache for these programs; None leaves it as JAX is
             configured.
+        stack_layers: Whether the parameters have stacked layers.
         may_compile: Whether a program that is not there yet is compiled when it is asked for.
         compiled: Every program compiled so far, by what it was compiled for.
     """
@@ -43,6 +45,7 @@ class Programs:
     dtype: jnp.dtype
     mesh: Mesh | None = None
     cache_dir: str | os.PathLike[str] | None = None
+    stack_layers: bool = False
     may_compile: bool = True
     compiled: dict[tuple[Hashable, ...], jax.stages.Compiled] = field(default_factory=dict)
 
@@ -150,7 +153,7 @@ class Programs:
         return leaf.update(sharding=replicated(self.mesh)) if leaf.sharding is None else leaf
 
     def _params(self) -> Params:
-        return abstract_params(self.config, self.dtype, self.mesh)
+        return abstract_params(self.config, self.dtype, self.mesh, stack_layers=self.stack_layers)
 
     def _cache(self, num_pages: int, page_size: int, cache_dtype: jax.typing.DTypeLike | None) -> Any:
         dtype = check_cache_dtype(cache_dtype, self.dtype)
@@ -162,6 +165,7 @@ class Programs:
                 page_size=page_size,
                 dtype=dtype,
                 kv_scales=KVScales(ones, ones) if is_quantized(dtype) else None,
+                stack_layers=self.stack_layers,
             )
         )
 
@@ -188,4 +192,5 @@ class Model:
         mesh = (
             sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
         )
-        return Model(config, params, Programs(config, embed.dtype, mesh))
+        programs = Programs(config, embed.dtype, mesh, stack_layers=is_stacked(params))
+        return Model(config, params, programs)
