@@ -22,7 +22,14 @@ from flax.core import freeze
 from flax.training.train_state import TrainState
 
 from jaxattn import Model, compute_logits
-from jaxattn.checkpoints import CheckpointError, load_config, load_model, load_params, save_model
+from jaxattn.checkpoints import (
+    CheckpointError,
+    load_config,
+    load_model,
+    load_params,
+    orbax_weights,
+    save_model,
+)
 from jaxattn.checkpoints.msgpack_weights import MsgpackWeights
 from jaxattn.models import Programs, abstract_params
 
@@ -145,6 +152,20 @@ def test_a_model_and_an_optimizer_in_a_step(tree, expected, tmp_path):
 )
 def test_stacked_layers_in_other_arrays(lay_out, save, tree, expected, tmp_path):
     save(tiny.write_config(tmp_path, tiny.LLAMA) / "params", {"params": lay_out(tree)})
+    assert_same(load_params(tmp_path), expected)
+
+
+def test_orbax_reads_an_eighth_at_a_time(tree, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_weights, "MIN_BATCH", 1)
+    tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "params", tree)
+    weights = orbax_weights.open_orbax(tmp_path / "params")
+    batches = list(orbax_weights._batches(weights.leaves))
+    assert set().union(*batches) == set(weights.leaves)
+    total = sum(x.nbytes for x in jax.tree.leaves(tree))
+    sizes = [sum(4 * np.prod(weights.leaves[name].shape) for name in batch) for batch in batches]
+    assert sum(sizes) == total
+    assert 8 <= len(batches) < len(weights.leaves)
+    assert all(size <= total / 8 or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
     assert_same(load_params(tmp_path), expected)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.locate import ORBAX_METADATA
 from jaxattn.checkpoints.mapping import Leaf
 from jaxattn.checkpoints.weights import join, leads_outside, walk
+
+MIN_BATCH = 64 * 2**20
+"""Bytes that are read at once at least: a call of Orbax takes some hundredths of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +44,20 @@ class OrbaxWeights:
         return {join(path): _leaf(entry) for path, entry in walk(self.metadata)}
 
     def read(self, names: set[str]) -> Iterator[tuple[str, jax.Array]]:
-        """Bring arrays to the device, float64 as float32: all at once, as Orbax reads many at a time.
+        """Bring arrays to the device, float64 as float32: some at once, as Orbax reads many at a time.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
         """
-        wanted = _keep(self.metadata, names)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-        tree = _call(self.folder, lambda handler, folder: handler.restore(folder, args=args))
-        arrays = {join(path): array for path, array in walk(tree)}
-        del tree
-        while arrays:  # each is given up as it is handed on
-            yield arrays.popitem()
+        for batch in _batches({name: leaf for name, leaf in self.leaves.items() if name in names}):
+            wanted = _keep(self.metadata, batch)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+            tree = _call(self.folder, functools.partial(_restore, args=args))
+            arrays = {join(path): array for path, array in walk(tree)}
+            del tree
+            while arrays:  # each is given up as it is handed on
+                yield arrays.popitem()
 
 
 def open_orbax(folder: Path) -> OrbaxWeights:
@@ -102,6 +108,26 @@ async def _settle(calls: Iterable[Coroutine[Any, Any, Sequence[Any]]]) -> list[A
     """The one result of each call, or its exception, once all have ended."""
     results = await asyncio.gather(*calls, return_exceptions=True)
     return [result if isinstance(result, BaseException) else result[0] for result in results]
+
+
+def _restore(handler: ocp.PyTreeCheckpointHandler, folder: epath.Path, args: Any) -> Any:
+    return handler.restore(folder, args=args)
+
+
+def _batches(leaves: Mapping[str, Leaf]) -> Iterator[set[str]]:
+    """Names whose arrays are read together: an eighth of all bytes, so that no more are there twice."""
+    sizes = {name: math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for name, leaf in leaves.items()}
+    most = max(sum(sizes.values()) // 8, MIN_BATCH)
+    batch: set[str] = set()
+    held = 0
+    for name, size in sizes.items():
+        if batch and held + size > most:
+            yield batch
+            batch, held = set(), 0
+        batch.add(name)
+        held += size
+    if batch:
+        yield batch
 
 
 def _call(folder: Path, function: Callable[[ocp.PyTreeCheckpointHandler, epath.Path], Any]) -> Any:
