@@ -1,6 +1,8 @@
 """Layouts of other libraries than Hugging Face's: logits, mistakes made on purpose, configs from shapes."""
 
 import functools
+import gzip
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from jaxattn import compute_logits
 from jaxattn.buckets import BucketGrid
 from jaxattn.checkpoints import CheckpointError, config_from_dict, gemma_variants, load_params, opening
 from jaxattn.checkpoints.gemma_variants import VARIANTS, config_of_variant
-from jaxattn.checkpoints.mapping import Leaf, match
+from jaxattn.checkpoints.mapping import Leaf, match, spelled_shapes
 from jaxattn.checkpoints.rows import Layout, Row
-from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.checkpoints.tables import choose_table
+from jaxattn.models import DecoderConfig, Model, Programs, abstract_params
 
 PROMPTS = [[3], [8, 7, 6, 5, 4], [17, 0, 3] * 7]
 GRID = BucketGrid(tokens=(48,), max_seqs=8)
@@ -223,6 +226,19 @@ def test_released_gemmas_are_known_by_their_shapes(variant, stacked):
         assert config.sliding_windows[0] == (1024 if large else 512)
         assert (config.ropes[0].theta, config.ropes[5].theta) == (1e4, 1e6)
         assert (config.ropes[0].factor, config.ropes[5].factor) == (1.0, 8.0 if large else 1.0)
+
+
+def test_shapes_of_released_gemmas_in_the_gemma_library():
+    """Those of images are there, too, where a model has them."""
+    file = Path(__file__).parent / "fixtures" / "gemma_library_shapes.json.gz"
+    released = json.loads(gzip.decompress(file.read_bytes()))
+    assert set(released) == set(VARIANTS) - {"gemma 2b", "gemma 7b"}
+    for variant, shapes in released.items():
+        leaves = {name: Leaf(tuple(shape), "bfloat16") for name, shape in shapes.items()}
+        config = config_of_variant(spelled_shapes(leaves))
+        assert config.num_layers == VARIANTS[variant][0][0]
+        plan = match(leaves, config, choose_table(leaves, config))
+        assert len(plan.layouts) == len(jax.tree.leaves(abstract_params(config, "bfloat16")))
 
 
 def test_the_sizes_of_released_gemmas_are_unique():
