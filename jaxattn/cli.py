@@ -21,19 +21,14 @@ import numpy as np
 
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
-from jaxattn.cache import QUANTIZED_DTYPES
+from jaxattn.cache import DEFAULT_PAGE_SIZE, QUANTIZED_DTYPES
 from jaxattn.checkpoints import load_model
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
 from jaxattn.demo import run_demo
-from jaxattn.generate import (
-    DEFAULT_PAGE_SIZE,
-    compile_generation,
-    compute_logits,
-    generate,
-    plan_generation,
-)
-from jaxattn.models import Programs
+from jaxattn.generate import compile_generation, generate, plan_generation
+from jaxattn.models import Programs, Sampling
+from jaxattn.score import compute_logits
 from jaxattn.spec import AttentionSpec
 from jaxattn.tune import default_plan, run_tune
 
@@ -181,7 +176,6 @@ def _generate(options: argparse.Namespace) -> None:
             programs,
             plan,
             greedy=options.temperature == 0,
-            top_k=options.top_k,
             cache_dtype=options.cache_dtype,
             implementation=options.implementation,
         )
@@ -197,10 +191,8 @@ def _generate(options: argparse.Namespace) -> None:
         model,
         prompts,
         options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        key=jax.random.key(options.seed),
-        stop_token_id=options.stop_token_id,
+        sampling=Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed),
+        stop_token_ids=[] if options.stop_token_id is None else [options.stop_token_id],
         cache_dtype=options.cache_dtype,
         implementation=options.implementation,
         page_size=options.page_size,

@@ -16,6 +16,7 @@ from jaxattn import (
     KVScales,
     Model,
     PagePool,
+    Sampling,
     advance,
     calibrate_kv_scales,
     compile_generation,
@@ -28,7 +29,7 @@ from jaxattn import (
 )
 from jaxattn import init_cache as init_layer_cache
 from jaxattn.models import Programs, forward, init_cache, init_params
-from jaxattn.models.sampling import sample
+from jaxattn.models.options import PromptOptions, RowOptions
 from jaxattn.models.steps import step
 
 CONFIG = DecoderConfig(
@@ -105,34 +106,7 @@ def test_stop_token(model, tokens):
     stop = tokens[1][4]
     expected = [t[: t.index(stop) + 1] if stop in t else t for t in tokens]
     assert any(len(t) < NEW for t in expected)
-    assert generate(model, PROMPTS, NEW, stop_token_id=stop) == expected
-
-
-def test_sampling(model):
-    def draw(seed, prompts=PROMPTS, **kwargs):
-        return generate(model, prompts, NEW, temperature=1.0, key=jax.random.key(seed), **kwargs)
-
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
-    assert draw(0, top_k=1) == generate(model, PROMPTS, NEW)
-    assert draw(0, PROMPTS[:1]) == draw(0)[:1], "a row's draw does not depend on the rows after it"
-
-
-def test_raw_keys(model):
-    draw = functools.partial(generate, model, PROMPTS, NEW, temperature=1.0)
-    assert draw(key=jax.random.PRNGKey(3)) == draw(key=jax.random.key(3))
-
-
-@pytest.mark.parametrize("temperature", [1e-37, 1e38])
-def test_extreme_temperatures(model, temperature):
-    drawn = generate(model, PROMPTS, 4, temperature=temperature, top_k=5, key=jax.random.key(0))
-    assert (drawn == generate(model, PROMPTS, 4)) == (temperature < 1)
-
-
-def test_top_k_keeps_exactly_k_of_equal_logits():
-    keys = jax.random.split(jax.random.key(0), 50)
-    draw = functools.partial(sample, jnp.zeros((1, 9)), temperature=jnp.float32(1), greedy=False, top_k=2)
-    assert len({int(draw(key)[0]) for key in keys}) == 2
+    assert generate(model, PROMPTS, NEW, stop_token_ids=[stop]) == expected
 
 
 def test_one_flat_prompt(model):
@@ -146,17 +120,6 @@ def test_programs_compiled_ahead_are_those_that_run(model):
     compiled = set(programs.compiled)
     generate(Model(model.config, model.params, programs), PROMPTS, NEW)
     assert set(programs.compiled) == compiled
-
-
-def test_top_k_draws_among_the_likeliest(model):
-    prompt = [1, 2, 3]
-    likeliest = np.argsort(compute_logits(model, [prompt])[0][-1])[-3:]
-    drawn = {
-        generate(model, [prompt], 1, temperature=5.0, top_k=3, key=jax.random.key(seed))[0][0]
-        for seed in range(20)
-    }
-    assert drawn <= set(likeliest.tolist())
-    assert len(drawn) > 1
 
 
 def test_low_precision(model):
@@ -174,15 +137,16 @@ def test_low_precision(model):
         ([[1], []], {}, r"sequences\[1\] has length 0"),
         ([[97]], {}, r"sequences\[0\]\[0\]=97 is a token id outside the vocabulary.*vocab_size=97"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
-        ([[1]], {"temperature": float("inf"), "key": jax.random.key(0)}, "temperature=inf must be 0"),
-        ([[1]], {"temperature": 1e-40, "key": jax.random.key(0)}, "temperature=1e-40 must be 0"),
-        ([[1]], {"temperature": 1.0, "key": jax.random.key(0, impl="rbg")}, "expected one key"),
-        ([[1]], {"temperature": -1.0}, "temperature=-1.0 must be 0"),
-        ([[1]], {"temperature": 1.0}, "give key="),
-        ([[1]], {"top_k": 98}, "top_k=98 must lie between 1 and vocab_size=97"),
-        ([[1]], {"stop_token_id": 97}, "stop_token_id=97 must lie between"),
+        ([[1]], {"max_new_tokens": [1, 2]}, "max_new_tokens has 2 entries for 1 prompts; give one integer"),
+        ([[1], [2]], {"max_new_tokens": [1, 0]}, r"max_new_tokens\[1\]=0 must be an integer of at least 1"),
+        ([[1]], {"sampling": []}, "sampling has 0 entries for 1 prompts; give one Sampling for all, or one"),
+        ([[1]], {"stop_token_ids": [97]}, "stop_token_ids holds 97; expected token ids from 0 to 96"),
+        ([[1]], {"stop_token_ids": [[3, -1]]}, r"stop_token_ids\[0\] holds -1; expected token ids from 0"),
+        ([[1]], {"stop_token_ids": [[3], [4]]}, "stop_token_ids has 2 entries for 1 prompts; give one coll"),
+        ([[1]], {"stream_every": 0}, "stream_every=0 must be an integer of at least 1"),
+        ([[1]], {"num_pages": 0}, "num_pages=0 must be an integer of at least 1"),
         ([[1]], {"page_size": 0}, "page_size=0 must be an integer of at least 1"),
-        ([[1] * 50], {"grid": BucketGrid(tokens=(16, 32))}, "tokens=50 exceeds the grid's largest size 32"),
+        ([[1] * 50], {"num_pages": 3}, "a prompt of 50 tokens and max_new_tokens=2 need 4 pages of 16 toke"),
         ([[1]], {"implementation": "x"}, "unknown implementation='x'"),
     ],
 )
@@ -396,9 +360,16 @@ class TestStoppingTheLoop:
     BUCKET = Bucket(tokens=48, seqs=4, pages=64)
 
     def start(self, model, implementation):
-        shared = {"page_size": 4, "num_pages": 64, "implementation": implementation}
+        shared = {
+            "page_size": 4,
+            "num_pages": 64,
+            "max_new_tokens": 16,
+            "max_stop_tokens": 1,
+            "greedy": False,
+            "implementation": implementation,
+        }
         self.prefill = model.programs.prefill(self.BUCKET, decode_seqs=4, **shared)
-        self.decode = model.programs.decode(self.BUCKET.decode(), max_new_tokens=16, **shared)
+        self.decode = model.programs.decode(self.BUCKET.decode(), **shared)
         self.model, self.pool = model, PagePool(self.NUM_PAGES, self.PAGE_SIZE)
         self.cache = init_cache(CONFIG, num_pages=64, page_size=4, dtype="float32")
         self.texts: list[list[int]] = []
@@ -426,16 +397,22 @@ class TestStoppingTheLoop:
             is_decode=[n > 0 for n in self.cached],
             bucket=self.BUCKET,
         )
-        logits, cache, batch = self.prefill(self.model.params, self.cache, batch)
-        rest = (jax.random.key(0), jnp.float32(0), jnp.int32(num_tokens), jnp.int32(-1))
-        tokens, counts, self.cache = self.decode(self.model.params, cache, batch, logits, *rest)
+        asked = [PromptOptions(num_tokens, self.sampling, ())] * len(self.texts)
+        rows = RowOptions.of(asked, num_rows=4, max_stop_tokens=1, vocab_size=97)
+        state, cache = self.prefill(self.model.params, self.cache, batch, rows)
+        while state.active.any():  # in blocks of 3, which changes nothing
+            state, cache = self.decode(self.model.params, cache, state, rows, np.int32(3))
+        self.cache, tokens, counts = cache, state.tokens, state.num_tokens
         for row, text in enumerate(self.texts):
             text.extend(tokens[row, : counts[row]].tolist())
             self.cached[row] = len(text) - 1  # the last token has been chosen, and not been read
 
     @pytest.mark.parametrize("implementation", ["xla", "triton"])
-    def test_going_on_equals_never_having_stopped(self, model, tokens, implementation):
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_going_on_equals_never_having_stopped(self, model, implementation, temperature):
         self.start(model, implementation)
+        self.sampling = Sampling(temperature=temperature, seed=5)
+        tokens = generate(model, PROMPTS, NEW, sampling=[self.sampling] * 4, implementation=implementation)
         self.add(PROMPTS[0])
         self.add(PROMPTS[3])
         self.run(5)

@@ -91,8 +91,8 @@ def test_the_default_grid_holds_every_step(model, tokens):
 
 def test_stop_token(model, tokens):
     stop = tokens[1][4]
-    served = serve(model, PROMPTS, NEW, stop_token_id=stop, token_budget=32, max_seqs=8, **OPTIONS)
-    assert served == generate(model, PROMPTS, NEW, stop_token_id=stop, implementation="xla")
+    served = serve(model, PROMPTS, NEW, stop_token_ids=[stop], token_budget=32, max_seqs=8, **OPTIONS)
+    assert served == generate(model, PROMPTS, NEW, stop_token_ids=[stop], implementation="xla")
     assert any(len(new) < NEW for new in served)
 
 
