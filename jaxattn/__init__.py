@@ -27,6 +27,7 @@ from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
 from jaxattn.score import calibrate_kv_scales, compute_logits
 from jaxattn.serve import Server, serve
 from jaxattn.spec import AttentionSpec, WindowClass
+from jaxattn.text import Tokenizer, load_tokenizer
 from jaxattn_kernels.arrays import KVScales
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "ScheduledStep",
     "Scheduler",
     "Server",
+    "Tokenizer",
     "WindowClass",
     "abstract_batch",
     "advance",
@@ -67,6 +69,7 @@ __all__ = [
     "generate",
     "init_cache",
     "load_model",
+    "load_tokenizer",
     "nest_batches",
     "nest_sequences",
     "next_token_cross_entropy",

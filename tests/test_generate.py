@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import chex
 import jax
@@ -21,6 +22,7 @@ from jaxattn import (
     calibrate_kv_scales,
     compile_generation,
     compute_logits,
+    fits_one_batch,
     generate,
     nest_sequences,
     plan_generation,
@@ -107,6 +109,143 @@ def test_stop_token(model, tokens):
     expected = [t[: t.index(stop) + 1] if stop in t else t for t in tokens]
     assert any(len(t) < NEW for t in expected)
     assert generate(model, PROMPTS, NEW, stop_token_ids=[stop]) == expected
+
+
+def test_limits_of_each_prompt(model, tokens):
+    assert generate(model, PROMPTS, NEW) == tokens
+    compiled = set(model.programs.compiled)
+    limits = [NEW, 16, 9, 17]  # in as many pages
+    expected = [new[:limit] for new, limit in zip(tokens, limits, strict=True)]
+    assert generate(model, PROMPTS, limits) == expected
+    assert generate(model, PROMPTS, np.array(limits)) == expected
+    assert set(model.programs.compiled) == compiled
+
+
+def test_stop_tokens_of_each_prompt(model, tokens):
+    """The first of several ends a prompt, and is its last token; other prompts' stop tokens are nothing."""
+    assert generate(model, PROMPTS, NEW) == tokens
+    compiled = set(model.programs.compiled)
+    stops = [[tokens[0][6], tokens[0][3]], [], tokens[2][9:10], [tokens[3][0], 5]]
+    expected = [until(new, set(stop)) for new, stop in zip(tokens, stops, strict=True)]
+    assert [len(new) for new in expected].count(NEW) < 3
+    assert generate(model, PROMPTS, NEW, stop_token_ids=stops) == expected
+    shared = {token for stop in stops for token in stop}
+    expected = [until(new, shared) for new in tokens]
+    assert generate(model, PROMPTS, NEW, stop_token_ids=shared) == expected
+    assert set(model.programs.compiled) == compiled
+    many = sorted({*shared, *range(50, 80)})  # more than every program has room for
+    assert generate(model, PROMPTS, NEW, stop_token_ids=many) == [until(new, set(many)) for new in tokens]
+
+
+def until(tokens: list[int], stops: set[int]) -> list[int]:
+    ends = [i for i, token in enumerate(tokens) if token in stops]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+MIXED = [
+    Sampling(temperature=1.0, seed=7),
+    Sampling(),
+    Sampling(temperature=0.8, top_k=9, top_p=0.95, seed=1),
+    Sampling(temperature=2.0, top_p=0.5, seed=7),
+]
+
+
+def test_draws_do_not_depend_on_the_batch(model, tokens):
+    """Alone, in another row, in another bucket: a prompt has the tokens of its seed."""
+    together = generate(model, PROMPTS, NEW, sampling=MIXED)
+    assert together[1] == tokens[1]
+    assert all(together[i] != tokens[i] for i in (0, 2, 3))
+    compiled = set(model.programs.compiled)
+    order = [2, 0, 3, 1]
+    moved = generate(model, [PROMPTS[i] for i in order], NEW, sampling=[MIXED[i] for i in order])
+    assert moved == [together[i] for i in order]
+    assert set(model.programs.compiled) == compiled
+    for i in (0, 2):
+        assert generate(model, [PROMPTS[i]], NEW, sampling=[MIXED[i]]) == [together[i]]
+
+
+def test_one_seed_for_all_prompts(model):
+    """Prompt i draws with the i-th seed after it, so that equal prompts differ."""
+    shared = Sampling(temperature=1.0, seed=3)
+    prompts = [[3] * 15] * 4
+    texts = generate(model, prompts, NEW, sampling=shared)
+    assert len(set(map(tuple, texts))) == 4
+    assert texts == generate(model, prompts, NEW, sampling=shared)
+    each = [dataclasses.replace(shared, seed=seed) for seed in (3, 4, 5, 6)]
+    assert texts == generate(model, prompts, NEW, sampling=each)
+
+
+@pytest.mark.parametrize("every", [1, 8, 100])
+def test_tokens_as_they_come(model, tokens, every):
+    stops, limits = [[], [], tokens[2][9:10], []], [NEW, 1, NEW, 11]
+    run = functools.partial(generate, model, PROMPTS, limits, stop_token_ids=stops)
+    result = run()
+    compiled = set(model.programs.compiled)
+    calls: list[tuple[int, list[int]]] = []
+    assert run(stream_every=every, on_tokens=lambda i, new: calls.append((i, new))) == result
+    assert joined(calls) == result
+    assert calls[:4] == [(i, result[i][:1]) for i in range(4)]  # the first token of each comes at once
+    assert max(len(new) for _, new in calls) <= every
+    assert len(calls) == sum(1 + -(-(len(new) - 1) // every) for new in result)
+    assert set(model.programs.compiled) == compiled
+
+
+def joined(calls: list[tuple[int, list[int]]]) -> list[list[int]]:
+    return [[token for j, new in calls if j == i for token in new] for i in range(len(PROMPTS))]
+
+
+class TestManyPrompts:
+    """More than a batch or a cache holds: the same tokens, through continuous batches."""
+
+    def test_where_they_run(self):
+        lens = [3, 1, 40, 17]  # in pages of 16, with 20 new tokens: 2 + 2 + 4 + 3
+        fits = functools.partial(fits_one_batch, lens, NEW)
+        assert fits()
+        assert (fits(num_pages=11), fits(num_pages=10)) == (True, False)
+        assert not fits(page_size=1, num_pages=140)
+        assert not fits(grid=BucketGrid(tokens=(16, 32)))
+        assert not fits(grid=BucketGrid(max_seqs=3))
+        assert not fits(grid=BucketGrid(pages=(8,)))
+        assert fits_one_batch(lens, [5, 15, 8, 15], num_pages=8)
+
+    def test_a_cache_that_holds_them_is_used_for_one_batch(self, model, tokens, monkeypatch):
+        monkeypatch.setattr(sys.modules["jaxattn.generate"], "serve", None)
+        assert generate(model, PROMPTS, NEW, num_pages=12) == tokens
+
+    @pytest.mark.parametrize("limit", [{}, {"grid": BucketGrid(tokens=(16, 32))}])
+    def test_they_are_continued_alike(self, model, limit):
+        options = {"sampling": MIXED, "stop_token_ids": [[], [3], [4, 5], []], "implementation": "xla"}
+        expected = generate(model, PROMPTS, [NEW, 3, 7, 9], **options)
+        compiled = set(model.programs.compiled)
+        calls = []
+        told = functools.partial(generate, on_tokens=lambda i, new: calls.append((i, new)))
+        assert told(model, PROMPTS, [NEW, 3, 7, 9], num_pages=5, **options, **limit) == expected
+        assert set(model.programs.compiled) == compiled
+        assert all(len(new) == 1 for _, new in calls)
+        assert joined(calls) == expected
+
+    def test_a_cache_for_those_that_run_at_a_time(self, model, monkeypatch):
+        def serve(model, prompts, max_new_tokens, *, num_pages, **options):
+            return [[num_pages]]
+
+        monkeypatch.setattr(sys.modules["jaxattn.generate"], "serve", serve)
+        prompts = [[1] * length for length in range(1, 41)]
+        served = generate(model, prompts, 5, grid=BucketGrid(max_seqs=33), page_size=1)
+        assert served == [[sum(range(14, 46))]]
+
+    def test_scales_of_a_quantised_cache(self, model):
+        """Measured in several batches, they are those of one."""
+        grid = BucketGrid(tokens=(16, 32, 64), max_seqs=3)
+        assert not fits_one_batch([len(prompt) for prompt in PROMPTS], 1, grid=grid)
+        expected = calibrate_kv_scales(model, PROMPTS, "int8", implementation="xla")
+        scales = calibrate_kv_scales(model, PROMPTS, "int8", implementation="xla", grid=grid)
+        chex.assert_trees_all_close(scales, expected, rtol=1e-6)
+
+    def test_a_prompt_that_no_cache_of_this_size_holds(self, model):
+        with pytest.raises(ValueError, match="a prompt of 40 tokens and max_new_tokens=20 need 4 pages of"):
+            generate(model, PROMPTS, NEW, num_pages=3)
+        with pytest.raises(ValueError, match="need 11 pages of 16 tokens, but num_pages=3; raise it, or gen"):
+            plan_generation([3, 1, 40, 17], NEW, num_pages=3)
 
 
 def test_one_flat_prompt(model):
