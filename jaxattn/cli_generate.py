@@ -70,7 +70,7 @@ def run_generate(options: argparse.Namespace) -> None:
     asked = _options_per_prompt(prompts, options, tokenizer)
     precompile = _precompile(options, token_ids, asked)
     model = load_model(options.path, dtype=options.dtype, precompile=precompile)
-    stream = _Stream(len(prompts), tokenizer, as_json=options.json) if options.stream else None
+    stream = _Stream(token_ids, tokenizer, as_json=options.json) if options.stream else None
     tokens = generate(
         model,
         token_ids,
@@ -86,7 +86,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if stream is not None:
         stream.finish()
     else:
-        _print_all(tokens, tokenizer, as_json=options.json)
+        _print_all(token_ids, tokens, tokenizer, as_json=options.json)
 
 
 def parse_prompt_ids(text: str, number: int) -> list[int]:
@@ -237,8 +237,12 @@ def _precompile(
     return precompile
 
 
-def _print_all(tokens: Sequence[list[int]], tokenizer: Tokenizer | None, *, as_json: bool) -> None:
-    texts = None if tokenizer is None else [tokenizer.decode(new) for new in tokens]
+def _print_all(
+    prompts: Sequence[list[int]], tokens: Sequence[list[int]], tokenizer: Tokenizer | None, *, as_json: bool
+) -> None:
+    texts = None
+    if tokenizer is not None:
+        texts = [tokenizer.decode(new, after=prompt) for prompt, new in zip(prompts, tokens, strict=True)]
     if as_json:
         print(json.dumps({"tokens": tokens} if texts is None else {"tokens": tokens, "texts": texts}))
         return
@@ -253,10 +257,10 @@ def _words(token_ids: Sequence[int]) -> str:
 class _Stream:
     """Prints new tokens as they come: of one prompt one after the other, of several a line each time."""
 
-    def __init__(self, num_prompts: int, tokenizer: Tokenizer | None, *, as_json: bool) -> None:
+    def __init__(self, prompts: Sequence[list[int]], tokenizer: Tokenizer | None, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._is_alone = num_prompts == 1
-        self._texts = None if tokenizer is None else [tokenizer.stream() for _ in range(num_prompts)]
+        self._is_alone = len(prompts) == 1
+        self._texts = None if tokenizer is None else [tokenizer.stream(after=prompt) for prompt in prompts]
 
     def __call__(self, prompt: int, token_ids: list[int]) -> None:
         self._print(prompt, token_ids, None if self._texts is None else self._texts[prompt].push(token_ids))

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxattn.batch import DEFAULT_GRID, flatten_rows, nest_sequences
+from jaxattn.batch import DEFAULT_GRID, RaggedBatch, flatten_rows, nest_sequences
 from jaxattn.buckets import Bucket, BucketGrid, quarter_steps
 from jaxattn.cache import DEFAULT_PAGE_SIZE, PagePool, is_quantized
 from jaxattn.models import Model, Programs, Sampling, check_cache_dtype, check_kv_scales, init_cache
 from jaxattn.models.options import (
     Limits,
     OnTokens,
+    PromptOptions,
     RowOptions,
     StopTokens,
     limits_per_prompt,
@@ -244,19 +245,7 @@ def generate(
         )
     num_stop_tokens = max((len(asked.stop_token_ids) for asked in options), default=0)
     plan = plan_generation(lens, max_new_tokens, num_stop_tokens=num_stop_tokens, grid=grid, **sizes)
-    pool = PagePool(plan.num_pages, page_size)
-    batch = nest_sequences(
-        token_ids,
-        q_lens=lens,
-        page_tables=[
-            pool.allocate(int(length) + asked.max_new_tokens)
-            for length, asked in zip(lens, options, strict=True)
-        ],
-        page_size=page_size,
-        num_pages=plan.num_pages,
-        vocab_size=model.config.vocab_size,
-        bucket=plan.bucket,
-    )
+    batch = _nest_with_room(token_ids, lens, options, plan, model.config.vocab_size)
     prefill, decode = compile_generation(
         model.programs,
         plan,
@@ -279,14 +268,35 @@ def generate(
         max_stop_tokens=plan.max_stop_tokens,
         vocab_size=model.config.vocab_size,
     )
-    state, cache = prefill(model.params, cache, batch, rows)
     num_steps = np.int32(plan.max_new_tokens if on_tokens is None else stream_every)
     results: list[list[int]] = [[] for _ in options]
-    while True:
-        _collect(results, state, on_tokens)
-        if not np.asarray(state.active).any():
-            return results
+    state, cache = prefill(model.params, cache, batch, rows)
+    _collect(results, state, on_tokens)
+    while np.asarray(state.active).any():
         state, cache = decode(model.params, cache, state, rows, num_steps)
+        _collect(results, state, on_tokens)
+    return results
+
+
+def _nest_with_room(
+    token_ids: np.ndarray,
+    lens: np.ndarray,
+    options: Sequence[PromptOptions],
+    plan: GenerationPlan,
+    vocab_size: int,
+) -> RaggedBatch:
+    """The batch of all prompts, with pages for all their new tokens."""
+    pool = PagePool(plan.num_pages, plan.page_size)
+    rooms = [int(length) + asked.max_new_tokens for length, asked in zip(lens, options, strict=True)]
+    return nest_sequences(
+        token_ids,
+        q_lens=lens,
+        page_tables=[pool.allocate(room) for room in rooms],
+        page_size=plan.page_size,
+        num_pages=plan.num_pages,
+        vocab_size=vocab_size,
+        bucket=plan.bucket,
+    )
 
 
 def _collect(results: list[list[int]], state: Decoding, on_tokens: OnTokens | None) -> None:

@@ -3,7 +3,7 @@
 tokenizer = load_tokenizer("path/to/checkpoint")
 prompt = tokenizer.encode("Once upon a time")
 (tokens,) = generate(model, [prompt], 64, stop_token_ids=tokenizer.stop_token_ids)
-text = tokenizer.decode(tokens)
+text = tokenizer.decode(tokens, after=prompt)
 
 It needs the package `tokenizers`: `pip install "jaxattn[text]"`.
 """
@@ -60,17 +60,27 @@ class Tokenizer:
             raise ValueError(f"the text {text!r} has no tokens; give a longer one")
         return token_ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
         """The text of token ids, without special tokens.
 
         Args:
             token_ids: Of one sequence, such as `generate` returns.
+            after: Those before them, such as the prompt's: at the beginning of a text, some tokenizers drop
+                a space.
         """
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        if not after:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        known, text = self.decode(after), self.decode([*after, *token_ids])
+        # Where bytes stand for themselves, an incomplete character spoils those before it as well.
+        return text.removeprefix(known) if text.startswith(known) else self.decode(token_ids)
 
-    def stream(self) -> TextStream:
-        """Decodes the tokens of one sequence as they come."""
-        return TextStream(self)
+    def stream(self, *, after: Sequence[int] = ()) -> TextStream:
+        """Decodes the tokens of one sequence as they come.
+
+        Args:
+            after: As of `decode`.
+        """
+        return TextStream(self, after)
 
 
 class TextStream:
@@ -81,13 +91,14 @@ class TextStream:
 
     Args:
         tokenizer: Of the sequence.
+        after: The tokens before those that come.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # Tokens whose text has been returned, as far back as the next ones' text depends on them (a
-        # decoder may drop a space at the beginning); and those that are held back.
-        self._context: list[int] = []
+        # Tokens whose text is known, as far back as the next ones' text depends on them; and those that
+        # are held back.
+        self._context = list(after)
         self._held: list[int] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -100,7 +111,7 @@ class TextStream:
             The text that is new with them; empty while a character is incomplete.
         """
         self._held.extend(token_ids)
-        text = self._new_text()
+        text = self._tokenizer.decode(self._held, after=self._context)
         if not text or text.endswith(_REPLACEMENT):
             return ""
         self._context, self._held = self._held, []
@@ -112,15 +123,9 @@ class TextStream:
         Returns:
             What is held back; an incomplete character is a replacement character.
         """
-        text = self._new_text()
-        self._context, self._held = [], []
+        text = self._tokenizer.decode(self._held, after=self._context)
+        self._held = []
         return text
-
-    def _new_text(self) -> str:
-        known = self._tokenizer.decode(self._context)
-        text = self._tokenizer.decode([*self._context, *self._held])
-        # Where bytes stand for themselves, an incomplete character spoils those before it as well.
-        return text.removeprefix(known) if text.startswith(known) else self._tokenizer.decode(self._held)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -142,6 +142,17 @@ def test_a_draw_depends_on_its_own_row_alone(rows, order, position):
         assert draw(logits[[i] * 4], others, positions[[i] * 4])[0] == together[i]
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (9, 1.0), (None, 0.95)])
+def test_rounding_changes_no_draw(top_k, top_p):
+    """Nearly equal logits change places; the noise stays with its token."""
+    rng, number = np.random.default_rng(5), 2000
+    logits = np.repeat(rng.normal(size=(number, 5)), 3, axis=1).astype(np.float32)
+    rows = [Sampling(temperature=1.0, top_k=top_k, top_p=top_p, seed=seed) for seed in range(number)]
+    texts = [draw(logits + rng.normal(size=logits.shape).astype(np.float32) * 1e-6, rows) for _ in range(2)]
+    # At an edge of what is kept, a token may take the place of its equal.
+    assert np.mean(np.array(texts[0]) != np.array(texts[1])) < 0.05
+
+
 @given(st.lists(st.sampled_from(VALUES), min_size=V, max_size=V))
 def test_temperature_0_takes_the_first_of_the_likeliest(values):
     logits = np.array(values, np.float32)

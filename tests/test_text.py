@@ -6,7 +6,7 @@ import sys
 import hypothesis.strategies as st
 import pytest
 import tiny_tokenizers
-from hypothesis import example, given
+from hypothesis import assume, example, given
 
 from jaxattn import load_tokenizer
 from jaxattn.text import Tokenizer
@@ -48,6 +48,27 @@ def test_any_tokens_are_streamed_as_they_are_decoded(token_ids):
     stream = BYTE_LEVEL.stream()
     pieces = [stream.push([token_id]) for token_id in token_ids]
     assert "".join([*pieces, stream.finish()]) == BYTE_LEVEL.decode(token_ids)
+
+
+@both
+@given(texts, st.integers(0, 30))
+def test_what_follows_a_prompt(tokenizer, text, cut):
+    """As it would stand behind the prompt: also where the text of the new tokens begins with a space."""
+    token_ids = tokenizer.encode(text)
+    prompt = token_ids[:cut]
+    assume(REPLACEMENT not in tokenizer.decode(prompt))
+    stream = tokenizer.stream(after=prompt)
+    pieces = [stream.push([token_id]) for token_id in token_ids[cut:]]
+    assert tokenizer.decode(prompt) + "".join([*pieces, stream.finish()]) == tokenizer.decode(token_ids)
+    following = tokenizer.decode(token_ids[cut:], after=prompt)
+    assert tokenizer.decode(prompt) + following == tokenizer.decode(token_ids)
+
+
+def test_a_space_at_the_beginning():
+    prompt, new = BYTE_FALLBACK.encode("ab"), BYTE_FALLBACK.encode("c")[1:]
+    assert BYTE_FALLBACK.decode(new) == "c"
+    assert BYTE_FALLBACK.decode(new, after=prompt) == " c"
+    assert BYTE_FALLBACK.stream(after=prompt).push(new) == " c"
 
 
 @both
