@@ -224,6 +224,28 @@ class TestManyPrompts:
         assert all(len(new) == 1 for _, new in calls)
         assert joined(calls) == expected
 
+    @pytest.mark.slow
+    def test_two_hundred(self, model):
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(0, 97, rng.integers(1, 60)).tolist() for _ in range(200)]
+        options = {
+            "max_new_tokens": rng.integers(1, 40, 200),
+            "sampling": [
+                Sampling(
+                    temperature=float(rng.choice([0, 0.7, 1.5])),
+                    top_k=int(rng.integers(1, 120)),
+                    top_p=float(rng.choice([0.6, 0.9, 1])),
+                    seed=int(rng.integers(2**32)),
+                )
+                for _ in prompts
+            ],
+            "stop_token_ids": [rng.integers(0, 97, rng.integers(0, 4)).tolist() for _ in prompts],
+            "implementation": "xla",
+        }
+        expected = generate(model, prompts, **options)
+        assert generate(model, prompts, num_pages=60, **options) == expected
+        assert generate(model, prompts, grid=BucketGrid(max_seqs=150), **options) == expected
+
     def test_a_cache_for_those_that_run_at_a_time(self, model, monkeypatch):
         def serve(model, prompts, max_new_tokens, *, num_pages, **options):
             return [[num_pages]]
