@@ -96,6 +96,18 @@ def test_sampling_options(path, capsys):
 TEXTS = ["once upon", "a"]
 
 
+@pytest.fixture
+def warm(model, monkeypatch):
+    """A checkpoint that is loaded as the model, whose programs are kept from test to test."""
+
+    def load_model(path, *, dtype, precompile):
+        if precompile is not None:
+            precompile(model.programs)
+        return model
+
+    monkeypatch.setattr("jaxattn.cli_generate.load_model", load_model)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(path):
     return load_tokenizer(path)
@@ -115,7 +127,7 @@ def test_text(continued, tokenizer, path, capsys):
     assert json.loads(capsys.readouterr().out) == {"tokens": continued, "texts": texts}
 
 
-def test_text_ends_where_the_checkpoint_says(model, tokenizer, path, capsys, monkeypatch):
+def test_text_ends_where_the_checkpoint_says(warm, tokenizer, path, monkeypatch):
     stops = []
 
     def look(*args, stop_token_ids, **kwargs):
@@ -130,7 +142,7 @@ def test_text_ends_where_the_checkpoint_says(model, tokenizer, path, capsys, mon
     assert stops[2:] == [(5, 9)] * 2
 
 
-def test_stop_tokens(continued, path, capsys):
+def test_stop_tokens(warm, continued, path, capsys):
     stops = [continued[0][3], continued[1][2]]
     expected = [new[: min(new.index(stop) for stop in stops if stop in new) + 1] for new in continued]
     arguments = ["--prompt", TEXTS[0], "--prompt", TEXTS[1], "--max-new-tokens", "8", "--json"]
@@ -139,7 +151,7 @@ def test_stop_tokens(continued, path, capsys):
     assert json.loads(capsys.readouterr().out)["tokens"] == expected
 
 
-def test_tokens_as_they_come(continued, tokenizer, path, capsys):
+def test_tokens_as_they_come(warm, continued, tokenizer, path, capsys):
     arguments = ["generate", path, "--max-new-tokens", "8", "--stream"]
     both = [*arguments, "--prompt", TEXTS[0], "--prompt", TEXTS[1]]
     assert run([*both, "--json"]) == 0
@@ -158,13 +170,24 @@ def test_tokens_as_they_come(continued, tokenizer, path, capsys):
     assert capsys.readouterr().out.split() == list(map(str, continued[0]))
 
 
-def test_more_prompts_than_the_cache_holds(model, path, capsys):
+def test_more_prompts_than_the_cache_holds(warm, model, path, capsys, monkeypatch):
+    """The limit is handed on, and no program of one batch is compiled."""
     arguments = ["--max-new-tokens", "6", "--page-size", "4", "--num-pages", "5", "--json"]
+    compiled = set(model.programs.compiled)
+    served = []
+
+    def serve(*args, num_pages, page_size, **options):
+        served.append((num_pages, page_size))
+        return [[1], [2], [3]]
+
+    monkeypatch.setattr(sys.modules["jaxattn.generate"], "serve", serve)
     assert run(["generate", path, *PROMPT_OPTIONS, *arguments]) == 0
-    assert json.loads(capsys.readouterr().out) == {"tokens": generate(model, PROMPTS, 6)}
+    assert json.loads(capsys.readouterr().out) == {"tokens": [[1], [2], [3]]}
+    assert served == [(5, 4)]
+    assert set(model.programs.compiled) == compiled
 
 
-def test_prompts_of_a_file(model, tokenizer, path, tmp_path, capsys):
+def test_prompts_of_a_file(warm, model, tokenizer, path, tmp_path, capsys):
     """Prompts keep the order in which they were given, and a line's options stand before the command's."""
     file = tmp_path / "prompts.jsonl"
     lines = [
