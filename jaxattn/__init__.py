@@ -12,15 +12,9 @@ from jaxattn.cache import PagedKVCache, PagePool, init_cache, quantization_scale
 from jaxattn.checkpoints import CheckpointError, load_model, save_params
 from jaxattn.consumers import CONSUMERS, Consumer
 from jaxattn.fields import MissingFieldError
-from jaxattn.generate import (
-    calibrate_kv_scales,
-    compile_generation,
-    compute_logits,
-    generate,
-    plan_generation,
-)
+from jaxattn.generate import compile_generation, fits_one_batch, generate, plan_generation
 from jaxattn.metadata import AttentionMetadata, prepare_metadata
-from jaxattn.models import DecoderConfig, Model, RopeConfig
+from jaxattn.models import DecoderConfig, Model, RopeConfig, Sampling
 from jaxattn.packing import (
     fit_documents,
     nest_batches,
@@ -30,8 +24,10 @@ from jaxattn.packing import (
     pack_first_fit_decreasing,
 )
 from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
+from jaxattn.score import calibrate_kv_scales, compute_logits
 from jaxattn.serve import Server, serve
 from jaxattn.spec import AttentionSpec, WindowClass
+from jaxattn.text import Tokenizer, load_tokenizer
 from jaxattn_kernels.arrays import KVScales
 
 __version__ = "0.1.0"
@@ -54,9 +50,11 @@ __all__ = [
     "PagedKVCache",
     "RaggedBatch",
     "RopeConfig",
+    "Sampling",
     "ScheduledStep",
     "Scheduler",
     "Server",
+    "Tokenizer",
     "WindowClass",
     "abstract_batch",
     "advance",
@@ -67,9 +65,11 @@ __all__ = [
     "compile_generation",
     "compute_logits",
     "fit_documents",
+    "fits_one_batch",
     "generate",
     "init_cache",
     "load_model",
+    "load_tokenizer",
     "nest_batches",
     "nest_sequences",
     "next_token_cross_entropy",

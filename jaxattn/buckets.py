@@ -114,6 +114,10 @@ class BucketGrid:
         if self.max_seqs < 1:
             raise ValueError(f"max_seqs={self.max_seqs} must be at least 1")
 
+    def holds(self, *, tokens: int, seqs: int, pages: int = 0) -> bool:
+        """Whether a bucket is large enough for a batch; arguments as of `pick`."""
+        return max(tokens, seqs) <= self.tokens[-1] and seqs <= self.max_seqs and pages <= self.pages[-1]
+
     def pick(self, *, tokens: int, seqs: int, pages: int = 0) -> Bucket:
         """The smallest bucket that holds a batch.
 

@@ -18,6 +18,9 @@ from jaxattn_kernels.arrays import KVScales
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 """Element types of a quantised cache: a stored number counts times the scale of its head."""
 
+DEFAULT_PAGE_SIZE = 16
+"""Tokens per page where nothing else is asked for."""
+
 
 @no_type_check
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,19 +25,15 @@ from rich.text import Text
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
 from jaxattn.cache import QUANTIZED_DTYPES
-from jaxattn.checkpoints import MANIFEST, Inspection, inspect, load_config, load_model
+from jaxattn.checkpoints import Inspection, inspect
 from jaxattn.checkpoints.inspection import fold_layers
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
+from jaxattn.cli_generate import add_generate_options, parse_prompt_ids, run_generate
+from jaxattn.cli_load import add_checkpoint_options, add_load_options, config_of, load
 from jaxattn.demo import run_demo
-from jaxattn.generate import (
-    DEFAULT_PAGE_SIZE,
-    compile_generation,
-    compute_logits,
-    generate,
-    plan_generation,
-)
-from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.models import DecoderConfig
+from jaxattn.score import compute_logits
 from jaxattn.spec import AttentionSpec
 from jaxattn.tune import default_plan, run_tune
 
@@ -64,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _print_error(error: Exception) -> None:
     message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    if not isinstance(error, ValueError | NotImplementedError) or not message:
+    if not isinstance(error, ValueError | NotImplementedError | ModuleNotFoundError) or not message:
         message = f"{type(error).__name__}: {message} (--debug shows the traceback)"
     print(f"jaxattn: error: {message}", file=sys.stderr)
 
@@ -86,27 +82,25 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("demo-output"), help="folder for checkpoint and picture"
     )
 
-    generate_ = _command(commands, "generate", _generate, "continue prompts with a checkpoint")
-    _add_model_options(generate_)
-    generate_.add_argument("--max-new-tokens", type=int, required=True, help="tokens to add to each prompt")
-    generate_.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    generate_.add_argument("--top-k", type=int, help="draw among this many likeliest tokens")
-    generate_.add_argument("--seed", type=int, default=0, help="of the random draws")
-    generate_.add_argument("--stop-token-id", type=int, help="a sequence ends with this token")
-    generate_.add_argument("--page-size", type=int, default=DEFAULT_PAGE_SIZE, help="tokens per cache page")
-    generate_.add_argument("--cache-dtype", choices=QUANTIZED_DTYPES, metavar="DTYPE",
-                           help=f"quantised cache, its scales measured on the prompts: "
-                                f"{', '.join(QUANTIZED_DTYPES)}; default: as the parameters")  # fmt: skip
-    generate_.add_argument("--json", action="store_true", help="print one JSON object")
+    generate_ = _command(commands, "generate", run_generate, "continue prompts with a checkpoint")
+    add_load_options(generate_)
+    add_generate_options(generate_)
 
     logits = _command(commands, "logits", _logits, "write the logits of every token of every prompt")
-    _add_model_options(logits)
+    add_load_options(logits)
+    logits.add_argument(
+        "--prompt-ids",
+        action="append",
+        required=True,
+        metavar="IDS",
+        help='token ids of one prompt, such as "1 5 9"; once per prompt',
+    )
     logits.add_argument(
         "--out", type=Path, required=True, metavar="FILE.npz", help="arrays logits_0, logits_1, …"
     )
 
     inspect_ = _command(commands, "inspect", _inspect, "what a checkpoint is and holds; reads no weight")
-    _add_checkpoint_options(inspect_)
+    add_checkpoint_options(inspect_)
     inspect_.add_argument("--all-leaves", action="store_true", help="one line per leaf, not per kind")
     inspect_.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -127,28 +121,6 @@ def _command(commands, name: str, function, summary: str) -> argparse.ArgumentPa
     )
     command.set_defaults(command=function)
     return command
-
-
-def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or its very file")
-    parser.add_argument("--config", type=Path, metavar="FILE.json", help="default: the config.json with it")
-    parser.add_argument("--table", type=Path, metavar="FILE.json", help="names of leaves that are your own")
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint_options(parser)
-    parser.add_argument(
-        "--prompt-ids",
-        action="append",
-        required=True,
-        metavar="IDS",
-        help='token ids of one prompt, such as "1 5 9"; once per prompt',
-    )
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
-    parser.add_argument("--compile-cache", type=Path, metavar="FOLDER", help="keep compiled programs there")
-    parser.add_argument("--check-finite", action="store_true", help="refuse weights with NaN or infinity")
-    parser.add_argument("--verify", action="store_true", help=f"compare files with {MANIFEST} first")
-    parser.add_argument("--implementation", default="auto", choices=("auto", *IMPLEMENTATIONS))
 
 
 def _add_tune_options(parser: argparse.ArgumentParser) -> None:
@@ -188,72 +160,13 @@ def _demo(options: argparse.Namespace) -> None:
     run_demo(options.out)
 
 
-def _generate(options: argparse.Namespace) -> None:
-    prompts = _prompts(options.prompt_ids)
-    plan = plan_generation(
-        [len(prompt) for prompt in prompts], options.max_new_tokens, page_size=options.page_size
-    )
-
-    def compile_run(programs: Programs) -> None:
-        compile_generation(
-            programs,
-            plan,
-            greedy=options.temperature == 0,
-            top_k=options.top_k,
-            cache_dtype=options.cache_dtype,
-            implementation=options.implementation,
-        )
-        if options.cache_dtype:
-            programs.calibrate(
-                dataclasses.replace(plan.bucket, pages=0),
-                cache_dtype=options.cache_dtype,
-                implementation=options.implementation,
-            )
-
-    model = _load(options, compile_run)
-    tokens = generate(
-        model,
-        prompts,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        key=jax.random.key(options.seed),
-        stop_token_id=options.stop_token_id,
-        cache_dtype=options.cache_dtype,
-        implementation=options.implementation,
-        page_size=options.page_size,
-    )
-    if options.json:
-        print(json.dumps({"tokens": tokens}))
-        return
-    for i, new in enumerate(tokens):
-        print(f"{i}: {' '.join(map(str, new))}")
-
-
-def _load(options: argparse.Namespace, *buckets: Callable[[Programs], object]) -> Model:
-    return load_model(
-        options.path,
-        _config(options),
-        dtype=options.dtype,
-        table=options.table,
-        buckets=buckets,
-        cache_dir=options.compile_cache,
-        check_finite=options.check_finite,
-        verify=options.verify,
-    )
-
-
-def _config(options: argparse.Namespace) -> DecoderConfig | None:
-    return None if options.config is None else load_config(options.config)
-
-
 def _logits(options: argparse.Namespace) -> None:
-    prompts = _prompts(options.prompt_ids)
+    prompts = [parse_prompt_ids(text, i) for i, text in enumerate(options.prompt_ids)]
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file in it")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist; create it")
-    model = _load(options)
+    model = load(options)
     logits = compute_logits(model, prompts, implementation=options.implementation)
     with options.out.open("wb") as file:  # an open file, since savez would append to the name
         np.savez(file, allow_pickle=False, **{f"logits_{i}": array for i, array in enumerate(logits)})
@@ -261,7 +174,7 @@ def _logits(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    found = inspect(options.path, _config(options), table=options.table)
+    found = inspect(options.path, config_of(options), table=options.table)
     if options.json:
         print(json.dumps(_as_json(found)))
         return
@@ -363,18 +276,3 @@ def _tune(options: argparse.Namespace) -> None:
     run_tune(dataclasses.replace(plan, **given), options.out, force=options.force)
     if options.quick:
         print("small batches and few runs show that it works, not what is fastest: measure without --quick")
-
-
-def _prompts(texts: Sequence[str]) -> list[list[int]]:
-    prompts = []
-    for i, text in enumerate(texts):
-        words = text.replace(",", " ").split()
-        try:
-            prompts.append([int(word) for word in words])
-        except ValueError:
-            raise ValueError(
-                f"--prompt-ids {text!r} (prompt {i}) must be integers separated by spaces"
-            ) from None
-        if not words:
-            raise ValueError(f"--prompt-ids {text!r} (prompt {i}) is empty; give at least one token id")
-    return prompts

@@ -23,7 +23,7 @@ step, since it can take the pages of all others, and every request ends.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, no_type_check
@@ -120,7 +120,7 @@ class Finished:
     Attributes:
         request_id: As `Scheduler.add` returned it.
         token_ids: All its new tokens; a stop token is the last of them.
-        reason: "stop" for the stop token, "length" for `max_new_tokens`.
+        reason: "stop" for a stop token, "length" for `max_new_tokens`.
     """
 
     request_id: int
@@ -155,7 +155,7 @@ class _Request:
         id: Its number; a smaller one is older.
         token_ids: Room for the prompt and all new tokens; known are the first `num_known`.
         prompt_len: Tokens of the prompt.
-        stop_token_id: The token that ends it, or -1.
+        stop_token_ids: Tokens that end it.
         num_known: Tokens of the prompt and new ones so far.
         num_computed: Tokens whose keys are in the cache.
         pages: Room for its page table; held are the first `num_pages`.
@@ -168,7 +168,7 @@ class _Request:
     id: int
     token_ids: np.ndarray
     prompt_len: int
-    stop_token_id: int
+    stop_token_ids: frozenset[int]
     num_known: int
     pages: np.ndarray
     num_computed: int = 0
@@ -278,14 +278,18 @@ class Scheduler:
         return self._get(request_id).new_tokens()
 
     def add(
-        self, prompt: Sequence[Any] | np.ndarray, max_new_tokens: int, *, stop_token_id: int | None = None
+        self,
+        prompt: Sequence[Any] | np.ndarray,
+        max_new_tokens: int,
+        *,
+        stop_token_ids: Collection[int] = (),
     ) -> int:
         """Put a request at the end of the queue.
 
         Args:
             prompt: Token ids.
             max_new_tokens: Tokens to add to it.
-            stop_token_id: The request ends with this token.
+            stop_token_ids: The request ends with any of these.
 
         Returns:
             The number of the request; later ones are larger.
@@ -296,12 +300,11 @@ class Scheduler:
         """
         prompt_ids = self._check_prompt(prompt)
         _positive("max_new_tokens", max_new_tokens)
-        if stop_token_id is not None and not (
-            isinstance(stop_token_id, Integral) and 0 <= stop_token_id < self._id_limit
-        ):
-            raise ValueError(
-                f"stop_token_id={stop_token_id!r} must be an integer from 0 to {self._id_limit - 1}, or None"
-            )
+        for token_id in stop_token_ids:
+            if not isinstance(token_id, Integral) or not 0 <= token_id < self._id_limit:
+                raise ValueError(
+                    f"stop_token_ids holds {token_id!r}; expected token ids from 0 to {self._id_limit - 1}"
+                )
         # The last new token is handed out and never computed.
         num_pages = self.pool.pages_for(prompt_ids.size + int(max_new_tokens) - 1)
         if num_pages > self._capacity:
@@ -316,7 +319,7 @@ class Scheduler:
             id=self._next_id,
             token_ids=token_ids,
             prompt_len=prompt_ids.size,
-            stop_token_id=-1 if stop_token_id is None else int(stop_token_id),
+            stop_token_ids=frozenset(map(int, stop_token_ids)),
             num_known=prompt_ids.size,
             pages=np.zeros(num_pages, np.int32),
         )
@@ -494,7 +497,7 @@ class Scheduler:
         request.token_ids[request.num_known] = token_id
         request.num_known += 1
         request.is_decode = True
-        if token_id == request.stop_token_id:
+        if token_id in request.stop_token_ids:
             return "stop"
         return "length" if request.num_known == request.token_ids.size else None
 

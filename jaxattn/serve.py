@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
 from jaxattn.batch import RaggedBatch
 from jaxattn.buckets import Bucket, BucketGrid, powers_of_two
-from jaxattn.cache import PagePool, is_quantized
-from jaxattn.generate import DEFAULT_PAGE_SIZE, calibrate_kv_scales
-from jaxattn.models import DecoderConfig, Model, check_cache_dtype, check_kv_scales, init_cache
+from jaxattn.cache import DEFAULT_PAGE_SIZE, PagePool, is_quantized
+from jaxattn.models import DecoderConfig, Model, Sampling, check_cache_dtype, check_kv_scales, init_cache
 from jaxattn.models.decoder import Cache, Params
+from jaxattn.models.options import Limits, OnTokens, StopTokens, options_per_prompt
+from jaxattn.models.sampling import GREEDY, SamplingArrays, sample
 from jaxattn.models.steps import step
 from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
+from jaxattn.score import calibrate_kv_scales
 from jaxattn_kernels.arrays import KVScales
+
+MAX_SEQS = 32
+"""Requests that run at a time where nothing else is asked for."""
 
 
 class Server:
     """A model, its paged cache and a scheduler. New requests may come between any two steps.
 
-    The likeliest token is taken: a request's tokens are those of `generate` (in a quantised cache, with the
-    same scales), whatever runs beside it and however it is cut into chunks.
+    A request's tokens are those of `generate` (with the same seed; in a quantised cache, with the same
+    scales), whatever runs beside it and however it is cut into chunks.
 
     Args:
         model: The model.
@@ -57,7 +61,7 @@ class Server:
         num_pages: int,
         page_size: int = DEFAULT_PAGE_SIZE,
         token_budget: int = 256,
-        max_seqs: int = 32,
+        max_seqs: int = MAX_SEQS,
         max_chunk: int | None = None,
         share_prefixes: bool = True,
         cache_dtype: jax.typing.DTypeLike | None = None,
@@ -79,6 +83,7 @@ class Server:
         self._grid = _default_grid(token_budget, num_seqs, num_listed) if grid is None else grid
         self._grid.pick(tokens=token_budget, seqs=num_seqs, pages=num_listed)
         self._model = model
+        self._sampling: dict[int, Sampling] = {}
         self._implementation = implementation
         cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
         check_kv_scales(kv_scales, model.config, cache_dtype)
@@ -102,14 +107,20 @@ class Server:
         return self.scheduler.has_work
 
     def add(
-        self, prompt: Sequence[Any] | np.ndarray, max_new_tokens: int, *, stop_token_id: int | None = None
+        self,
+        prompt: Sequence[Any] | np.ndarray,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        stop_token_ids: Collection[int] = (),
     ) -> int:
         """Put a request at the end of the queue; see `Scheduler.add`.
 
         Args:
             prompt: Token ids.
-            max_new_tokens: Tokens to add to it.
-            stop_token_id: The request ends with this token.
+            max_new_tokens: The most tokens to add to it.
+            sampling: How they are chosen; the likeliest ones by default.
+            stop_token_ids: The request ends with any of these.
 
         Returns:
             The number of the request.
@@ -118,10 +129,32 @@ class Server:
             ValueError: If an argument is out of range, or the tokens could not be held even by the
                 whole cache.
         """
-        return self.scheduler.add(prompt, max_new_tokens, stop_token_id=stop_token_id)
+        request_id = self.scheduler.add(prompt, max_new_tokens, stop_token_ids=stop_token_ids)
+        self._sampling[request_id] = sampling
+        return request_id
 
-    def step(self) -> list[Finished]:
+    def cancel(self, request_id: int) -> list[int]:
+        """Retire a request now.
+
+        Args:
+            request_id: From `add`.
+
+        Returns:
+            Its new tokens so far.
+
+        Raises:
+            ValueError: If the request is unknown, cancelled or finished.
+        """
+        token_ids = self.scheduler.cancel(request_id)
+        del self._sampling[request_id]
+        return token_ids
+
+    def step(self, on_tokens: OnTokens | None = None) -> list[Finished]:
         """Run one step.
+
+        Args:
+            on_tokens: Called at the end of the step with each request that has a new token, and a list of
+                this one token. It may add and cancel requests.
 
         Returns:
             The requests that finished with it; none where there is no work.
@@ -130,24 +163,38 @@ class Server:
         if scheduled is None:
             return []
         batch = scheduled.nest(bucket=self._bucket(scheduled), transfer=False)
-        token_ids, self._cache = _greedy_step(
+        rows = list(zip(scheduled.request_ids, scheduled.samples.tolist(), strict=True))
+        sampling = [self._sampling[request_id] if samples else GREEDY for request_id, samples in rows]
+        token_ids, self._cache = _choose_tokens(
             self._model.params,
             self._cache,
             batch,
+            SamplingArrays.of(sampling, batch.bucket.seqs, self._model.config.vocab_size),
             config=self._model.config,
             implementation=self._implementation,
         )
-        return self.scheduler.commit(scheduled, np.asarray(token_ids)[: scheduled.num_rows])
+        new_ids = np.asarray(token_ids)[: scheduled.num_rows]
+        finished = self.scheduler.commit(scheduled, new_ids)
+        for done in finished:
+            del self._sampling[done.request_id]
+        if on_tokens is not None:
+            for (request_id, samples), token_id in zip(rows, new_ids.tolist(), strict=True):
+                if samples:
+                    on_tokens(request_id, [token_id])
+        return finished
 
-    def run(self) -> dict[int, list[int]]:
+    def run(self, on_tokens: OnTokens | None = None) -> dict[int, list[int]]:
         """Run steps until no request is left.
+
+        Args:
+            on_tokens: As of `step`.
 
         Returns:
             The new tokens of each request that finished meanwhile, by its number.
         """
         results: dict[int, list[int]] = {}
         while self.has_work:
-            results |= {done.request_id: done.token_ids for done in self.step()}
+            results |= {done.request_id: done.token_ids for done in self.step(on_tokens)}
         return results
 
     def _bucket(self, scheduled: ScheduledStep) -> Bucket:
@@ -160,9 +207,11 @@ class Server:
 def serve(
     model: Model,
     prompts: Sequence[Any],
-    max_new_tokens: int,
+    max_new_tokens: Limits,
     *,
-    stop_token_id: int | None = None,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    stop_token_ids: StopTokens = (),
+    on_tokens: OnTokens | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
     kv_scales: KVScales | None = None,
     implementation: str = "auto",
@@ -173,11 +222,14 @@ def serve(
     Args:
         model: The model.
         prompts: Token ids, one list or 1-D integer array per prompt.
-        max_new_tokens: Tokens to add to each prompt.
-        stop_token_id: A sequence that chooses this token ends with it.
+        max_new_tokens: The most tokens to add, as of `generate`.
+        sampling: How tokens are chosen, as of `generate`.
+        stop_token_ids: A prompt ends with any of these, as of `generate`.
+        on_tokens: Called after every step with the number of each prompt that has a new token, and a list
+            of this one token.
         cache_dtype: Element type of the cache, as of `generate`.
         kv_scales: Of a quantised cache, its scales. By default those that `calibrate_kv_scales` measures on
-            these prompts, which must then fit one batch.
+            these prompts.
         implementation: Of the attention; see `jaxattn.attention`.
         **options: Of `Server`; `num_pages` is required.
 
@@ -187,15 +239,24 @@ def serve(
     Raises:
         ValueError: If an argument is out of range, or a prompt could not be held by the whole cache.
     """
+    wanted = options_per_prompt(
+        len(prompts),
+        max_new_tokens,
+        sampling=sampling,
+        stop_token_ids=stop_token_ids,
+        vocab_size=model.config.vocab_size,
+    )
     cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
     if kv_scales is None and is_quantized(cache_dtype):
         kv_scales = calibrate_kv_scales(model, prompts, cache_dtype, implementation=implementation)
     server = Server(
         model, cache_dtype=cache_dtype, kv_scales=kv_scales, implementation=implementation, **options
     )
-    request_ids = [server.add(prompt, max_new_tokens, stop_token_id=stop_token_id) for prompt in prompts]
-    results = server.run()
-    return [results[request_id] for request_id in request_ids]
+    # A new server numbers its requests from 0: they have the numbers of their prompts.
+    for prompt, asked in zip(prompts, wanted, strict=True):
+        server.add(prompt, asked.max_new_tokens, sampling=asked.sampling, stop_token_ids=asked.stop_token_ids)
+    results = server.run(on_tokens)
+    return [results[i] for i in range(len(prompts))]
 
 
 def _default_grid(tokens: int, seqs: int, pages: int) -> BucketGrid:
@@ -207,11 +268,17 @@ def _default_grid(tokens: int, seqs: int, pages: int) -> BucketGrid:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
-def _greedy_step(
-    params: Params, cache: Cache, batch: RaggedBatch, *, config: DecoderConfig, implementation: str
+def _choose_tokens(
+    params: Params,
+    cache: Cache,
+    batch: RaggedBatch,
+    sampling: SamplingArrays,
+    *,
+    config: DecoderConfig,
+    implementation: str,
 ) -> tuple[Int32[Array, " R"], Cache]:
-    """One step over a paged batch: the likeliest next token of each row, and the cache."""
+    """One step over a paged batch: the next token of each row, and the cache."""
     logits, cache = step(
         params, cache, batch, config=config, num_rows=batch.bucket.seqs, implementation=implementation
     )
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+    return sample(logits, batch.kv_lens, sampling), cache

@@ -66,3 +66,15 @@ def test_impossible_grids(sizes):
 def test_impossible_steps():
     with pytest.raises(ValueError, match="smallest=5 and largest=4"):
         quarter_steps(5, 4)
+
+
+def test_a_grid_holds_what_it_has_a_bucket_for():
+    grid = BucketGrid(tokens=(16, 32), pages=(4, 8), max_seqs=20)
+    for tokens, seqs, pages in ((32, 20, 8), (33, 1, 0), (1, 21, 0), (32, 1, 9), (5, 20, 0), (32, 1, 0)):
+        fits = grid.holds(tokens=tokens, seqs=seqs, pages=pages)
+        if fits:
+            grid.pick(tokens=tokens, seqs=seqs, pages=pages)
+        else:
+            with pytest.raises(ValueError, match="exceeds the grid's"):
+                grid.pick(tokens=tokens, seqs=seqs, pages=pages)
+        assert fits == (tokens <= 32 and seqs <= 20 and pages <= 8)

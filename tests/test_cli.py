@@ -7,15 +7,25 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny_tokenizers
 
-from jaxattn import DecoderConfig, Model, compute_logits, generate, save_params, tune
+from jaxattn import (
+    DecoderConfig,
+    Model,
+    Sampling,
+    compute_logits,
+    generate,
+    load_tokenizer,
+    save_params,
+    tune,
+)
 from jaxattn.choice_table import VARIABLE, read_table
 from jaxattn.cli import run
 from jaxattn.models import init_params
 from jaxattn.timing import Measured
 
 CONFIG = DecoderConfig(
-    vocab_size=61,
+    vocab_size=300,
     hidden_size=32,
     intermediate_size=48,
     num_layers=2,
@@ -38,6 +48,8 @@ def model() -> Model:
 def path(model, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("cli") / "checkpoint"
     save_params(path, model.params, model.config)
+    tiny_tokenizers.byte_level().save(str(path / "tokenizer.json"))
+    (path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     return str(path)
 
 
@@ -58,7 +70,7 @@ def test_quantised_cache(model, path, capsys, monkeypatch, dtype):
         compiled.append(set(model.programs.compiled))
         return tokens
 
-    monkeypatch.setattr("jaxattn.cli.generate", generate_and_look)
+    monkeypatch.setattr("jaxattn.cli_generate.generate", generate_and_look)
     options = ["--max-new-tokens", "6", "--json", "--cache-dtype", dtype]
     assert run(["generate", path, *PROMPT_OPTIONS, *options]) == 0
     expected = generate(model, PROMPTS, 6, cache_dtype=dtype)
@@ -79,6 +91,177 @@ def test_sampling_options(path, capsys):
         return json.loads(capsys.readouterr().out)["tokens"]
 
     assert draw("0") != draw("1")
+
+
+TEXTS = ["once upon", "a"]
+
+
+@pytest.fixture
+def warm(model, monkeypatch):
+    """A checkpoint that is loaded as the model, whose programs are kept from test to test."""
+
+    def load(options, *buckets):
+        for bucket in buckets:
+            bucket(model.programs)
+        return model
+
+    monkeypatch.setattr("jaxattn.cli_generate.load", load)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def continued(model, tokenizer) -> list[list[int]]:
+    return generate(model, [tokenizer.encode(text) for text in TEXTS], 8)
+
+
+def test_text(continued, tokenizer, path, capsys):
+    arguments = ["generate", path, "--prompt", TEXTS[0], "--prompt", TEXTS[1], "--max-new-tokens", "8"]
+    texts = [tokenizer.decode(new) for new in continued]
+    assert run(arguments) == 0
+    assert capsys.readouterr().out == "".join(f"{i}: {text}\n" for i, text in enumerate(texts))
+    assert run([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"tokens": continued, "texts": texts}
+
+
+def test_text_ends_where_the_checkpoint_says(warm, tokenizer, path, monkeypatch):
+    stops = []
+
+    def look(*args, stop_token_ids, **kwargs):
+        stops.extend(stop_token_ids)
+        return generate(*args, stop_token_ids=stop_token_ids, **kwargs)
+
+    monkeypatch.setattr("jaxattn.cli_generate.generate", look)
+    arguments = ["generate", path, "--prompt", TEXTS[0], "--prompt-ids", "7", "--max-new-tokens", "8"]
+    assert run(arguments) == 0
+    assert stops == [(1, 2), ()]
+    assert run([*arguments, "--stop-token-id", "5", "--stop-token-id", "9"]) == 0
+    assert stops[2:] == [(5, 9)] * 2
+
+
+def test_stop_tokens(warm, continued, path, capsys):
+    stops = [continued[0][3], continued[1][2]]
+    expected = [new[: min(new.index(stop) for stop in stops if stop in new) + 1] for new in continued]
+    arguments = ["--prompt", TEXTS[0], "--prompt", TEXTS[1], "--max-new-tokens", "8", "--json"]
+    options = [word for stop in stops for word in ("--stop-token-id", str(stop))]
+    assert run(["generate", path, *arguments, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected
+
+
+def test_tokens_as_they_come(warm, continued, tokenizer, path, capsys):
+    arguments = ["generate", path, "--max-new-tokens", "8", "--stream"]
+    both = [*arguments, "--prompt", TEXTS[0], "--prompt", TEXTS[1]]
+    assert run([*both, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) >= 4, "the first token at once, and the others later"
+    for i, new in enumerate(continued):
+        mine = [line for line in lines if line["prompt"] == i]
+        assert [token for line in mine for token in line["tokens"]] == new
+        assert "".join(line["text"] for line in mine) == tokenizer.decode(new)
+    assert run(both) == 0
+    printed = capsys.readouterr().out
+    assert printed == "".join(f"{line['prompt']}: {line['text']}\n" for line in lines if line["text"])
+    assert run([*arguments, "--prompt", TEXTS[0]]) == 0
+    assert capsys.readouterr().out == tokenizer.decode(continued[0]) + "\n"
+    assert run([*arguments, "--prompt-ids", " ".join(map(str, tokenizer.encode(TEXTS[0])))]) == 0
+    assert capsys.readouterr().out.split() == list(map(str, continued[0]))
+
+
+def test_more_prompts_than_the_cache_holds(warm, model, path, capsys, monkeypatch):
+    """The limit is handed on, and no program of one batch is compiled."""
+    arguments = ["--max-new-tokens", "6", "--page-size", "4", "--num-pages", "5", "--json"]
+    compiled = set(model.programs.compiled)
+    served = []
+
+    def serve(*args, num_pages, page_size, **options):
+        served.append((num_pages, page_size))
+        return [[1], [2], [3]]
+
+    monkeypatch.setattr(sys.modules["jaxattn.generate"], "serve", serve)
+    assert run(["generate", path, *PROMPT_OPTIONS, *arguments]) == 0
+    assert json.loads(capsys.readouterr().out) == {"tokens": [[1], [2], [3]]}
+    assert served == [(5, 4)]
+    assert set(model.programs.compiled) == compiled
+
+
+def test_prompts_of_a_file(warm, model, tokenizer, path, tmp_path, capsys):
+    """Prompts keep the order in which they were given, and a line's options stand before the command's."""
+    file = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt_ids": PROMPTS[0], "max_new_tokens": 3},
+        {"prompt": TEXTS[0], "temperature": 1.0, "top_k": 9, "top_p": 0.9, "seed": 5},
+        {"prompt": TEXTS[0], "stop_token_ids": []},
+    ]
+    file.write_text("\n\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    prompts = ["--prompt-ids", "7", "--prompts-file", str(file), "--prompt", TEXTS[1]]
+    options = ["--max-new-tokens", "8", "--temperature", "2", "--seed", "40", "--json"]
+    assert run(["generate", path, *prompts, *options]) == 0
+    text = tokenizer.encode(TEXTS[0])
+    expected = generate(
+        model,
+        [[7], PROMPTS[0], text, text, tokenizer.encode(TEXTS[1])],
+        [8, 3, 8, 8, 8],
+        sampling=[
+            Sampling(temperature=2.0, seed=40),
+            Sampling(temperature=2.0, seed=41),
+            Sampling(temperature=1.0, top_k=9, top_p=0.9, seed=5),
+            Sampling(temperature=2.0, seed=43),
+            Sampling(temperature=2.0, seed=44),
+        ],
+        stop_token_ids=[[], [], [1, 2], [], [1, 2]],
+    )
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "file:2: not JSON: "),
+        ('["once"]', """file:2: ["once"] is no object; write {"prompt": "text"}"""),
+        ('{"prompt": "a", "top": 1}', "file:2: unknown key 'top'; use prompt, prompt_ids, max_new_tokens, "),
+        ('{"prompt": "a", "prompt_ids": [1]}', "file:2: give one of prompt and prompt_ids"),
+        ('{"seed": 3}', "file:2: give one of prompt and prompt_ids"),
+        ('{"prompt": 3}', "file:2: prompt=3 must be a string"),
+        ('{"prompt_ids": "1 2"}', "file:2: prompt_ids='1 2' must be a list of token ids"),
+        ('{"prompt_ids": [1.5]}', "file:2: prompt_ids=[1.5] must be a list of token ids"),
+        ('{"prompt": "a", "stop_token_ids": 3}', "file:2: stop_token_ids=3 must be a list of token ids"),
+        ('{"prompt": "a", "max_new_tokens": "3"}', "file:2: max_new_tokens='3' must be an integer"),
+        ('{"prompt": "a", "max_new_tokens": 0}', "file:2: max_new_tokens=0 must be an integer of at least"),
+        ('{"prompt": "a", "top_p": 1.5}', "file:2: top_p=1.5 must be above 0 and at most 1"),
+    ],
+)
+def test_lines_that_are_refused(path, tmp_path, capsys, line, message):
+    (tmp_path / "file").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    options = ["--max-new-tokens", "2", "--prompts-file", str(tmp_path / "file")]
+    assert run(["generate", path, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_to_continue(path, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("\n")
+    for given, message in (
+        ([], "there is no prompt; give --prompt, --prompt-ids or --prompts-file"),
+        (["--prompts-file", str(file)], f"--prompts-file {file} holds no prompt; give one JSON object per"),
+        (["--prompts-file", str(tmp_path)], f"--prompts-file {tmp_path} cannot be read: "),
+    ):
+        assert run(["generate", path, "--max-new-tokens", "2", *given]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_text_without_a_tokenizer(model, path, tmp_path, capsys, monkeypatch):
+    arguments = ["--prompt", "once", "--max-new-tokens", "2"]
+    assert run(["generate", str(tmp_path), *arguments]) == 2
+    assert f"no tokenizer.json beside the weights at {tmp_path}; looked for" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert run(["generate", path, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        'jaxattn: error: text needs the package tokenizers; install it with: pip install "j'
+    )
 
 
 def test_dtype(model, path, tmp_path):
@@ -216,8 +399,8 @@ def test_info_says_what_is_wrong_with_a_table(tmp_path, capsys, monkeypatch):
         (["--prompt-ids", "1 x"], "--prompt-ids '1 x' (prompt 0) must be integers"),
         (["--prompt-ids", " "], "(prompt 0) is empty"),
         (
-            ["--prompt-ids", "1", "--prompt-ids", "61"],
-            "sequences[1][0]=61 is a token id outside the vocabulary",
+            ["--prompt-ids", "1", "--prompt-ids", "300"],
+            "sequences[1][0]=300 is a token id outside the vocabulary",
         ),
         (["--prompt-ids", "1", "--max-new-tokens", "0"], "max_new_tokens=0 must be an integer"),
         (["--prompt-ids", "1", "--dtype", "int8"], "int8"),

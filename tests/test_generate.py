@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import chex
 import jax
@@ -16,10 +17,12 @@ from jaxattn import (
     KVScales,
     Model,
     PagePool,
+    Sampling,
     advance,
     calibrate_kv_scales,
     compile_generation,
     compute_logits,
+    fits_one_batch,
     generate,
     nest_sequences,
     plan_generation,
@@ -28,7 +31,7 @@ from jaxattn import (
 )
 from jaxattn import init_cache as init_layer_cache
 from jaxattn.models import Programs, forward, init_cache, init_params
-from jaxattn.models.sampling import sample
+from jaxattn.models.options import PromptOptions, RowOptions
 from jaxattn.models.steps import step
 
 CONFIG = DecoderConfig(
@@ -105,34 +108,171 @@ def test_stop_token(model, tokens):
     stop = tokens[1][4]
     expected = [t[: t.index(stop) + 1] if stop in t else t for t in tokens]
     assert any(len(t) < NEW for t in expected)
-    assert generate(model, PROMPTS, NEW, stop_token_id=stop) == expected
+    assert generate(model, PROMPTS, NEW, stop_token_ids=[stop]) == expected
 
 
-def test_sampling(model):
-    def draw(seed, prompts=PROMPTS, **kwargs):
-        return generate(model, prompts, NEW, temperature=1.0, key=jax.random.key(seed), **kwargs)
-
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
-    assert draw(0, top_k=1) == generate(model, PROMPTS, NEW)
-    assert draw(0, PROMPTS[:1]) == draw(0)[:1], "a row's draw does not depend on the rows after it"
-
-
-def test_raw_keys(model):
-    draw = functools.partial(generate, model, PROMPTS, NEW, temperature=1.0)
-    assert draw(key=jax.random.PRNGKey(3)) == draw(key=jax.random.key(3))
+def test_limits_of_each_prompt(model, tokens):
+    assert generate(model, PROMPTS, NEW) == tokens
+    compiled = set(model.programs.compiled)
+    limits = [NEW, 16, 9, 17]  # in as many pages
+    expected = [new[:limit] for new, limit in zip(tokens, limits, strict=True)]
+    assert generate(model, PROMPTS, limits) == expected
+    assert generate(model, PROMPTS, np.array(limits)) == expected
+    assert set(model.programs.compiled) == compiled
 
 
-@pytest.mark.parametrize("temperature", [1e-37, 1e38])
-def test_extreme_temperatures(model, temperature):
-    drawn = generate(model, PROMPTS, 4, temperature=temperature, top_k=5, key=jax.random.key(0))
-    assert (drawn == generate(model, PROMPTS, 4)) == (temperature < 1)
+def test_stop_tokens_of_each_prompt(model, tokens):
+    """The first of several ends a prompt, and is its last token; other prompts' stop tokens are nothing."""
+    assert generate(model, PROMPTS, NEW) == tokens
+    compiled = set(model.programs.compiled)
+    stops = [[tokens[0][6], tokens[0][3]], [], tokens[2][9:10], [tokens[3][0], 5]]
+    expected = [until(new, set(stop)) for new, stop in zip(tokens, stops, strict=True)]
+    assert [len(new) for new in expected].count(NEW) < 3
+    assert generate(model, PROMPTS, NEW, stop_token_ids=stops) == expected
+    shared = {token for stop in stops for token in stop}
+    expected = [until(new, shared) for new in tokens]
+    assert generate(model, PROMPTS, NEW, stop_token_ids=shared) == expected
+    assert set(model.programs.compiled) == compiled
+    many = sorted({*shared, *range(50, 80)})  # more than every program has room for
+    assert generate(model, PROMPTS, NEW, stop_token_ids=many) == [until(new, set(many)) for new in tokens]
 
 
-def test_top_k_keeps_exactly_k_of_equal_logits():
-    keys = jax.random.split(jax.random.key(0), 50)
-    draw = functools.partial(sample, jnp.zeros((1, 9)), temperature=jnp.float32(1), greedy=False, top_k=2)
-    assert len({int(draw(key)[0]) for key in keys}) == 2
+def until(tokens: list[int], stops: set[int]) -> list[int]:
+    ends = [i for i, token in enumerate(tokens) if token in stops]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+MIXED = [
+    Sampling(temperature=1.0, seed=7),
+    Sampling(),
+    Sampling(temperature=0.8, top_k=9, top_p=0.95, seed=1),
+    Sampling(temperature=2.0, top_p=0.5, seed=7),
+]
+
+
+def test_draws_do_not_depend_on_the_batch(model, tokens):
+    """Alone, in another row, in another bucket: a prompt has the tokens of its seed."""
+    together = generate(model, PROMPTS, NEW, sampling=MIXED)
+    assert together[1] == tokens[1]
+    assert all(together[i] != tokens[i] for i in (0, 2, 3))
+    compiled = set(model.programs.compiled)
+    order = [2, 0, 3, 1]
+    moved = generate(model, [PROMPTS[i] for i in order], NEW, sampling=[MIXED[i] for i in order])
+    assert moved == [together[i] for i in order]
+    assert set(model.programs.compiled) == compiled
+    assert generate(model, PROMPTS[:1], NEW, sampling=MIXED[:1]) == together[:1]
+
+
+def test_one_seed_for_all_prompts(model):
+    """Prompt i draws with the i-th seed after it, so that equal prompts differ."""
+    shared = Sampling(temperature=1.0, seed=3)
+    prompts = [[3] * 15] * 4
+    texts = generate(model, prompts, NEW, sampling=shared)
+    assert len(set(map(tuple, texts))) == 4
+    assert texts == generate(model, prompts, NEW, sampling=shared)
+    each = [dataclasses.replace(shared, seed=seed) for seed in (3, 4, 5, 6)]
+    assert texts == generate(model, prompts, NEW, sampling=each)
+
+
+@pytest.mark.parametrize("every", [1, 8, 100])
+def test_tokens_as_they_come(model, tokens, every):
+    stops, limits = [[], [], tokens[2][9:10], []], [NEW, 1, NEW, 11]
+    run = functools.partial(generate, model, PROMPTS, limits, stop_token_ids=stops)
+    result = run()
+    compiled = set(model.programs.compiled)
+    calls: list[tuple[int, list[int]]] = []
+    assert run(stream_every=every, on_tokens=lambda i, new: calls.append((i, new))) == result
+    assert joined(calls) == result
+    assert calls[:4] == [(i, result[i][:1]) for i in range(4)]  # the first token of each comes at once
+    assert max(len(new) for _, new in calls) <= every
+    assert len(calls) == sum(1 + -(-(len(new) - 1) // every) for new in result)
+    assert set(model.programs.compiled) == compiled
+
+
+def joined(calls: list[tuple[int, list[int]]]) -> list[list[int]]:
+    return [[token for j, new in calls if j == i for token in new] for i in range(len(PROMPTS))]
+
+
+class TestManyPrompts:
+    """More than a batch or a cache holds: the same tokens, through continuous batches."""
+
+    def test_where_they_run(self):
+        lens = [3, 1, 40, 17]  # in pages of 16, with 20 new tokens: 2 + 2 + 4 + 3
+        fits = functools.partial(fits_one_batch, lens, NEW)
+        assert fits()
+        assert (fits(num_pages=11), fits(num_pages=10)) == (True, False)
+        assert not fits(page_size=1, num_pages=140)
+        assert not fits(grid=BucketGrid(tokens=(16, 32)))
+        assert not fits(grid=BucketGrid(max_seqs=3))
+        assert not fits(grid=BucketGrid(pages=(8,)))
+        assert fits_one_batch(lens, [5, 15, 8, 15], num_pages=8)
+
+    def test_a_cache_that_holds_them_is_used_for_one_batch(self, model, tokens, monkeypatch):
+        monkeypatch.setattr(sys.modules["jaxattn.generate"], "serve", None)
+        assert generate(model, PROMPTS, NEW, num_pages=12) == tokens
+
+    @pytest.mark.parametrize("limit", [{}, {"grid": BucketGrid(tokens=(16,))}])
+    def test_they_are_continued_alike(self, model, limit):
+        run = functools.partial(
+            generate,
+            model,
+            [[1, 5, 9], [7], [2] * 10, [3] * 12],  # of which a cache of two pages holds two at a time
+            [NEW, 3, 7, 9],
+            sampling=MIXED,
+            stop_token_ids=[[], [3], [4, 5], []],
+        )
+        expected = run()
+        compiled = set(model.programs.compiled)
+        calls = []
+        assert run(num_pages=2, on_tokens=lambda i, new: calls.append((i, new)), **limit) == expected
+        assert set(model.programs.compiled) == compiled
+        assert all(len(new) == 1 for _, new in calls)
+        assert joined(calls) == expected
+
+    @pytest.mark.slow
+    def test_two_hundred(self, model):
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(0, 97, rng.integers(1, 60)).tolist() for _ in range(200)]
+        options = {
+            "max_new_tokens": rng.integers(1, 40, 200),
+            "sampling": [
+                Sampling(
+                    temperature=float(rng.choice([0, 0.7, 1.5])),
+                    top_k=int(rng.integers(1, 120)),
+                    top_p=float(rng.choice([0.6, 0.9, 1])),
+                    seed=int(rng.integers(2**32)),
+                )
+                for _ in prompts
+            ],
+            "stop_token_ids": [rng.integers(0, 97, rng.integers(0, 4)).tolist() for _ in prompts],
+            "implementation": "xla",
+        }
+        expected = generate(model, prompts, **options)
+        assert generate(model, prompts, num_pages=60, **options) == expected
+        assert generate(model, prompts, grid=BucketGrid(max_seqs=150), **options) == expected
+
+    def test_a_cache_for_those_that_run_at_a_time(self, model, monkeypatch):
+        def serve(model, prompts, max_new_tokens, *, num_pages, **options):
+            return [[num_pages]]
+
+        monkeypatch.setattr(sys.modules["jaxattn.generate"], "serve", serve)
+        prompts = [[1] * length for length in range(1, 41)]
+        served = generate(model, prompts, 5, grid=BucketGrid(max_seqs=33), page_size=1)
+        assert served == [[sum(range(14, 46))]]
+
+    def test_scales_of_a_quantised_cache(self, model):
+        """Measured in several batches, they are those of one."""
+        grid = BucketGrid(tokens=(16, 32, 64), max_seqs=3)
+        assert not fits_one_batch([len(prompt) for prompt in PROMPTS], 1, grid=grid)
+        expected = calibrate_kv_scales(model, PROMPTS, "int8", implementation="xla")
+        scales = calibrate_kv_scales(model, PROMPTS, "int8", implementation="xla", grid=grid)
+        chex.assert_trees_all_close(scales, expected, rtol=1e-6)
+
+    def test_a_prompt_that_no_cache_of_this_size_holds(self, model):
+        with pytest.raises(ValueError, match="a prompt of 40 tokens and max_new_tokens=20 need 4 pages of"):
+            generate(model, PROMPTS, NEW, num_pages=3)
+        with pytest.raises(ValueError, match="need 11 pages of 16 tokens, but num_pages=3; raise it, or gen"):
+            plan_generation([3, 1, 40, 17], NEW, num_pages=3)
 
 
 def test_one_flat_prompt(model):
@@ -146,17 +286,6 @@ def test_programs_compiled_ahead_are_those_that_run(model):
     compiled = set(programs.compiled)
     generate(Model(model.config, model.params, programs), PROMPTS, NEW)
     assert set(programs.compiled) == compiled
-
-
-def test_top_k_draws_among_the_likeliest(model):
-    prompt = [1, 2, 3]
-    likeliest = np.argsort(compute_logits(model, [prompt])[0][-1])[-3:]
-    drawn = {
-        generate(model, [prompt], 1, temperature=5.0, top_k=3, key=jax.random.key(seed))[0][0]
-        for seed in range(20)
-    }
-    assert drawn <= set(likeliest.tolist())
-    assert len(drawn) > 1
 
 
 def test_low_precision(model):
@@ -174,15 +303,16 @@ def test_low_precision(model):
         ([[1], []], {}, r"sequences\[1\] has length 0"),
         ([[97]], {}, r"sequences\[0\]\[0\]=97 is a token id outside the vocabulary.*vocab_size=97"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
-        ([[1]], {"temperature": float("inf"), "key": jax.random.key(0)}, "temperature=inf must be 0"),
-        ([[1]], {"temperature": 1e-40, "key": jax.random.key(0)}, "temperature=1e-40 must be 0"),
-        ([[1]], {"temperature": 1.0, "key": jax.random.key(0, impl="rbg")}, "expected one key"),
-        ([[1]], {"temperature": -1.0}, "temperature=-1.0 must be 0"),
-        ([[1]], {"temperature": 1.0}, "give key="),
-        ([[1]], {"top_k": 98}, "top_k=98 must lie between 1 and vocab_size=97"),
-        ([[1]], {"stop_token_id": 97}, "stop_token_id=97 must lie between"),
+        ([[1]], {"max_new_tokens": [1, 2]}, "max_new_tokens has 2 entries for 1 prompts; give one integer"),
+        ([[1], [2]], {"max_new_tokens": [1, 0]}, r"max_new_tokens\[1\]=0 must be an integer of at least 1"),
+        ([[1]], {"sampling": []}, "sampling has 0 entries for 1 prompts; give one Sampling for all, or one"),
+        ([[1]], {"stop_token_ids": [97]}, "stop_token_ids holds 97; expected token ids from 0 to 96"),
+        ([[1]], {"stop_token_ids": [[3, -1]]}, r"stop_token_ids\[0\] holds -1; expected token ids from 0"),
+        ([[1]], {"stop_token_ids": [[3], [4]]}, "stop_token_ids has 2 entries for 1 prompts; give one coll"),
+        ([[1]], {"stream_every": 0}, "stream_every=0 must be an integer of at least 1"),
+        ([[1]], {"num_pages": 0}, "num_pages=0 must be an integer of at least 1"),
         ([[1]], {"page_size": 0}, "page_size=0 must be an integer of at least 1"),
-        ([[1] * 50], {"grid": BucketGrid(tokens=(16, 32))}, "tokens=50 exceeds the grid's largest size 32"),
+        ([[1] * 50], {"num_pages": 3}, "a prompt of 50 tokens and max_new_tokens=2 need 4 pages of 16 toke"),
         ([[1]], {"implementation": "x"}, "unknown implementation='x'"),
     ],
 )
@@ -396,9 +526,16 @@ class TestStoppingTheLoop:
     BUCKET = Bucket(tokens=48, seqs=4, pages=64)
 
     def start(self, model, implementation):
-        shared = {"page_size": 4, "num_pages": 64, "implementation": implementation}
+        shared = {
+            "page_size": 4,
+            "num_pages": 64,
+            "max_new_tokens": 16,
+            "max_stop_tokens": 1,
+            "greedy": False,
+            "implementation": implementation,
+        }
         self.prefill = model.programs.prefill(self.BUCKET, decode_seqs=4, **shared)
-        self.decode = model.programs.decode(self.BUCKET.decode(), max_new_tokens=16, **shared)
+        self.decode = model.programs.decode(self.BUCKET.decode(), **shared)
         self.model, self.pool = model, PagePool(self.NUM_PAGES, self.PAGE_SIZE)
         self.cache = init_cache(CONFIG, num_pages=64, page_size=4, dtype="float32")
         self.texts: list[list[int]] = []
@@ -426,16 +563,22 @@ class TestStoppingTheLoop:
             is_decode=[n > 0 for n in self.cached],
             bucket=self.BUCKET,
         )
-        logits, cache, batch = self.prefill(self.model.params, self.cache, batch)
-        rest = (jax.random.key(0), jnp.float32(0), jnp.int32(num_tokens), jnp.int32(-1))
-        tokens, counts, self.cache = self.decode(self.model.params, cache, batch, logits, *rest)
+        asked = [PromptOptions(num_tokens, self.sampling, ())] * len(self.texts)
+        rows = RowOptions.of(asked, num_rows=4, max_stop_tokens=1, vocab_size=97)
+        state, cache = self.prefill(self.model.params, self.cache, batch, rows)
+        while state.active.any():  # in blocks of 3, which changes nothing
+            state, cache = self.decode(self.model.params, cache, state, rows, np.int32(3))
+        self.cache, tokens, counts = cache, state.tokens, state.num_tokens
         for row, text in enumerate(self.texts):
             text.extend(tokens[row, : counts[row]].tolist())
             self.cached[row] = len(text) - 1  # the last token has been chosen, and not been read
 
     @pytest.mark.parametrize("implementation", ["xla", "triton"])
-    def test_going_on_equals_never_having_stopped(self, model, tokens, implementation):
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_going_on_equals_never_having_stopped(self, model, implementation, temperature):
         self.start(model, implementation)
+        self.sampling = Sampling(temperature=temperature, seed=5)
+        tokens = generate(model, PROMPTS, NEW, sampling=[self.sampling] * 4, implementation=implementation)
         self.add(PROMPTS[0])
         self.add(PROMPTS[3])
         self.run(5)

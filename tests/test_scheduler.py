@@ -165,6 +165,10 @@ def check_step(step: ScheduledStep, scheduler: Scheduler, options: dict[str, Any
         assert (references == 1).all()
 
 
+def stops(stop: int | None) -> list[int]:
+    return [] if stop is None else [stop]
+
+
 def check_workload(workload: Workload) -> None:
     scheduler, device = make(workload.num_pages, workload.page_size, **workload.options)
     arrivals = sorted(workload.arrivals, key=lambda arrival: arrival.at)
@@ -186,7 +190,7 @@ def check_workload(workload: Workload) -> None:
     for now in range(limit):
         for arrival in arrivals:
             if arrival.at == now:
-                i = scheduler.add(arrival.prompt, arrival.max_new_tokens, stop_token_id=arrival.stop)
+                i = scheduler.add(arrival.prompt, arrival.max_new_tokens, stop_token_ids=stops(arrival.stop))
                 ids[i] = arrival
                 active.add(i)
         cancel(now, in_flight=False)
@@ -547,7 +551,7 @@ def test_cancel():
 def test_stop_tokens_and_lengths():
     scheduler, device = make(20)
     text = alone([1, 2], 6, None)
-    stopped, long = scheduler.add([1, 2], 6, stop_token_id=text[0]), scheduler.add([1, 2], 3)
+    stopped, long = scheduler.add([1, 2], 6, stop_token_ids=text[:1]), scheduler.add([1, 2], 3)
     _, finished = run_step(scheduler, device)
     assert finished == [Finished(stopped, text[:1], "stop")]
     run_step(scheduler, device)
@@ -604,7 +608,7 @@ def test_refuses_to_commit(tokens, message):
         ([1, -2], 1, None, r"prompt\[1\]=-2 is no token id"),
         ([1, 7], 1, None, r"prompt\[1\]=7 is no token id: expected 0 <= id < 7"),
         ([1], 0, None, "max_new_tokens=0 must be an integer of at least 1"),
-        ([1], 1, 7, "stop_token_id=7 must be an integer from 0 to 6, or None"),
+        ([1], 1, 7, "stop_token_ids holds 7; expected token ids from 0 to 6"),
         (
             [1] * 5,
             5,
@@ -616,7 +620,7 @@ def test_refuses_to_commit(tokens, message):
 def test_refuses_to_add(prompt, max_new_tokens, stop, message):
     scheduler, _ = make(2, vocab_size=7)
     with pytest.raises(ValueError, match=message):
-        scheduler.add(prompt, max_new_tokens, stop_token_id=stop)
+        scheduler.add(prompt, max_new_tokens, stop_token_ids=stops(stop))
     assert not scheduler.has_work
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxattn import BucketGrid, DecoderConfig, KVScales, Model, calibrate_kv_scales, generate
+from jaxattn import BucketGrid, DecoderConfig, KVScales, Model, Sampling, calibrate_kv_scales, generate
 from jaxattn.models import init_params
-from jaxattn.serve import Server, serve
+from jaxattn.serve import Server, _choose_tokens, serve
 
 CONFIG = DecoderConfig(
     vocab_size=97,
@@ -91,9 +93,69 @@ def test_the_default_grid_holds_every_step(model, tokens):
 
 def test_stop_token(model, tokens):
     stop = tokens[1][4]
-    served = serve(model, PROMPTS, NEW, stop_token_id=stop, token_budget=32, max_seqs=8, **OPTIONS)
-    assert served == generate(model, PROMPTS, NEW, stop_token_id=stop, implementation="xla")
+    served = serve(model, PROMPTS, NEW, stop_token_ids=[stop], token_budget=32, max_seqs=8, **OPTIONS)
+    assert served == generate(model, PROMPTS, NEW, stop_token_ids=[stop], implementation="xla")
     assert any(len(new) < NEW for new in served)
+
+
+SAMPLING = [
+    Sampling(temperature=1.0, seed=7),
+    Sampling(),
+    Sampling(temperature=1.0, top_k=30, seed=2),
+    Sampling(temperature=0.8, top_p=0.9, seed=7),
+    Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=5),
+    Sampling(temperature=2.0, seed=2**32 - 1),
+    Sampling(temperature=1.0, seed=8),
+]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"token_budget": 32, "max_seqs": 8},
+        {"token_budget": 32, "max_seqs": 8, "max_chunk": 3, "share_prefixes": False},
+        {"token_budget": 1, "max_seqs": 1},
+    ],
+)
+def test_draws_depend_on_the_seed_alone(model, tokens, limits):
+    """On no neighbour, chunk, preemption or shared page; and they are those of `generate`."""
+    expected = generate(model, PROMPTS, NEW, sampling=SAMPLING, implementation="xla")
+    assert [new == old for new, old in zip(expected, tokens, strict=True)].count(True) == 1
+    stops, most = [[], [], [], [expected[3][2]], [], [], [9]], [NEW, 3, NEW, NEW, 1, NEW, NEW]
+    server = Server(model, **limits, **OPTIONS)
+    streamed: dict[int, list[int]] = {}
+    for prompt, new, stop, sampling in zip(PROMPTS, most, stops, SAMPLING, strict=True):
+        streamed[server.add(prompt, new, sampling=sampling, stop_token_ids=stop)] = []
+    programs: Any = _choose_tokens
+    before = programs._cache_size()
+    results = server.run(lambda request, new: streamed[request].extend(new))
+    assert programs._cache_size() - before <= 2  # a mixed bucket, and a decode bucket
+    assert results == streamed
+    for i, stop in enumerate(stops):
+        wanted = expected[i][: most[i]]
+        ends = [j + 1 for j, token in enumerate(wanted) if token in stop] or [NEW]
+        assert results[i] == wanted[: ends[0]]
+    assert (server.scheduler.stats.num_preemptions > 0) == (limits["max_seqs"] > 1)
+    assert not server._sampling
+
+
+def test_a_callback_may_add_and_cancel(model, tokens):
+    server = Server(model, token_budget=32, max_seqs=8, **OPTIONS)
+    first, second = server.add(PROMPTS[0], NEW), server.add(PROMPTS[1], NEW)
+    added, cancelled = [], []
+
+    def look(request, new):
+        if request == first and not added:
+            added.append(server.add(PROMPTS[2], 2))
+        if request == second and len(server.scheduler.token_ids(second)) == 4:
+            cancelled.extend(server.cancel(second))
+
+    results = server.run(look)
+    assert results == {first: tokens[0], added[0]: tokens[2][:2]}
+    assert cancelled == tokens[1][:4]
+    with pytest.raises(ValueError, match="neither waits nor runs"):
+        server.cancel(second)
+    assert not server._sampling
 
 
 # The last bits of `reference` depend on the bucket, and with them how some keys are rounded.

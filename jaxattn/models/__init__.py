@@ -11,6 +11,7 @@ from jaxattn.models.decoder import (
     unembed,
 )
 from jaxattn.models.programs import Model, Programs
+from jaxattn.models.sampling import Sampling
 from jaxattn.models.stacked import stack_layers, unstack_layers
 from jaxattn.rope import RopeConfig
 
@@ -19,6 +20,7 @@ __all__ = [
     "Model",
     "Programs",
     "RopeConfig",
+    "Sampling",
     "abstract_params",
     "check_cache_dtype",
     "check_kv_scales",

@@ -22,6 +22,7 @@ from jaxattn.models import steps
 from jaxattn.models.compile_cache import compile_cache
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import Params, abstract_params, check_cache_dtype, init_cache, replicated
+from jaxattn.models.options import RowOptions
 from jaxattn.models.stacked import is_stacked
 from jaxattn_kernels.arrays import KVScales
 
@@ -79,16 +80,22 @@ class Programs:
         page_size: int,
         num_pages: int,
         decode_seqs: int,
+        max_new_tokens: int,
+        max_stop_tokens: int,
+        greedy: bool = True,
         cache_dtype: jax.typing.DTypeLike | None = None,
         implementation: str = "auto",
     ) -> Callable:
-        """The program `(params, cache, batch) -> (logits, cache, batch)` of `steps.prefill`."""
+        """The program `(params, cache, batch, options) -> (state, cache)` of `steps.prefill`."""
         return self._compile(
             steps.prefill,
             self._params(),
             self._cache(num_pages, page_size, cache_dtype),
             abstract_batch(bucket, page_size),
+            self._options(decode_seqs, max_stop_tokens),
             decode_seqs=decode_seqs,
+            max_new_tokens=max_new_tokens,
+            greedy=greedy,
             implementation=implementation,
         )
 
@@ -99,29 +106,22 @@ class Programs:
         page_size: int,
         num_pages: int,
         max_new_tokens: int,
+        max_stop_tokens: int,
         greedy: bool = True,
-        top_k: int | None = None,
         cache_dtype: jax.typing.DTypeLike | None = None,
         implementation: str = "auto",
     ) -> Callable:
-        """The program `(params, cache, batch, logits, key, temperature, num_new_tokens, stop_token)`.
-
-        It returns `(tokens, how many per row, cache)`; see `steps.decode`.
-        """
-        integer = jax.ShapeDtypeStruct((), jnp.int32)
+        """The program `(params, cache, state, options, num_steps) -> (state, cache)` of `steps.decode`."""
         return self._compile(
             steps.decode,
             self._params(),
             self._cache(num_pages, page_size, cache_dtype),
-            abstract_batch(bucket, page_size),
-            jax.ShapeDtypeStruct((bucket.seqs, self.config.vocab_size), jnp.float32),
-            jax.eval_shape(jax.random.key, 0),
-            jax.ShapeDtypeStruct((), jnp.float32),
-            integer,
-            integer,
-            max_new_tokens=max_new_tokens,
+            jax.eval_shape(
+                lambda batch: steps.Decoding.start(batch, max_new_tokens), abstract_batch(bucket, page_size)
+            ),
+            self._options(bucket.seqs, max_stop_tokens),
+            jax.ShapeDtypeStruct((), jnp.int32),
             greedy=greedy,
-            top_k=top_k,
             implementation=implementation,
         )
 
@@ -148,12 +148,19 @@ class Programs:
             self.compiled[key] = jitted.lower(*placed, config=self.config, **static).compile()
         return self.compiled[key]
 
-    def _place(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """An argument on all devices, unless its own sharding says where it is."""
-        return leaf.update(sharding=replicated(self.mesh)) if leaf.sharding is None else leaf
+    def _place(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        """An argument like this leaf, on all devices, unless it is abstract and says where it is."""
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(self.mesh))
 
     def _params(self) -> Params:
         return abstract_params(self.config, self.dtype, self.mesh, stack_layers=self.stack_layers)
+
+    def _options(self, num_rows: int, max_stop_tokens: int) -> RowOptions:
+        return RowOptions.of(
+            (), num_rows=num_rows, max_stop_tokens=max_stop_tokens, vocab_size=self.config.vocab_size
+        )
 
     def _cache(self, num_pages: int, page_size: int, cache_dtype: jax.typing.DTypeLike | None) -> Any:
         dtype = check_cache_dtype(cache_dtype, self.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
@@ -14,10 +13,9 @@ from jaxattn.cache import quantization_scale
 from jaxattn.metadata import prepare_metadata
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import Cache, Params, forward, unembed
+from jaxattn.models.options import RowOptions
 from jaxattn.models.sampling import sample
 from jaxattn_kernels.arrays import KVScales
-
-NO_STOP_TOKEN = -1
 
 
 def score(
@@ -59,20 +57,80 @@ def step(
     return unembed(params, config, hidden[metadata.logits_indices[:num_rows]]), cache
 
 
+class Decoding(NamedTuple):
+    """State of the decode loop.
+
+    Attributes:
+        num_steps: Tokens chosen so far by a row that has not ended.
+        batch: The last step's batch.
+        last: The token each row chose last; it has not been computed yet.
+        active: Rows that have not ended.
+        tokens: All tokens chosen.
+        num_tokens: How many each row chose, the stop token included.
+    """
+
+    num_steps: Int32[Array, ""]
+    batch: RaggedBatch
+    last: Int32[Array, " R"]
+    active: Bool[Array, " R"]
+    tokens: Int32[Array, "R max_new_tokens"]
+    num_tokens: Int32[Array, " R"]
+
+    @classmethod
+    def start(cls, batch: RaggedBatch, max_new_tokens: int) -> Decoding:
+        """The state before the first token."""
+        R = batch.bucket.seqs
+        return cls(
+            num_steps=jnp.int32(0),
+            batch=batch,
+            last=jnp.zeros(R, jnp.int32),
+            active=jnp.arange(R) < batch.num_seqs,
+            tokens=jnp.zeros((R, max_new_tokens), jnp.int32),
+            num_tokens=jnp.zeros(R, jnp.int32),
+        )
+
+    def choose(self, logits: Float[Array, "R V"], options: RowOptions, *, greedy: bool) -> Decoding:
+        """The state after each active row has chosen a token."""
+        tokens = sample(logits, self.batch.kv_lens, options.sampling, greedy=greedy)
+        num_tokens = self.num_tokens + self.active.astype(jnp.int32)
+        stops = (tokens[:, None] == options.stop_tokens).any(axis=1)
+        kept = jnp.where(self.active, tokens, 0)
+        return self._replace(
+            num_steps=self.num_steps + 1,
+            last=tokens,
+            active=self.active & ~stops & (num_tokens < options.limits),
+            tokens=lax.dynamic_update_slice_in_dim(self.tokens, kept[:, None], self.num_steps, 1),
+            num_tokens=num_tokens,
+        )
+
+
 def prefill(
     params: Params,
     cache: Cache,
     batch: RaggedBatch,
+    options: RowOptions,
     *,
     config: DecoderConfig,
     decode_seqs: int,
+    max_new_tokens: int,
+    greedy: bool,
     implementation: str,
-) -> tuple[Float[Array, "decode_seqs V"], Cache, RaggedBatch]:
-    """Prefill prompts, and make ready to decode.
+) -> tuple[Decoding, Cache]:
+    """Prefill prompts, and choose the first new token of each.
+
+    Args:
+        params: The parameters.
+        cache: With pages reserved for all tokens to come.
+        batch: The prompts.
+        options: Of each of `decode_seqs` rows.
+        config: The decoder.
+        decode_seqs: Rows of the steps to come.
+        max_new_tokens: Room for new tokens.
+        greedy: Whether no row draws.
+        implementation: Of the attention.
 
     Returns:
-        Logits of each prompt's last token, the cache, and the batch in the decode bucket of
-        `decode_seqs` rows, every row quiet.
+        The state in which `decode` goes on, and the cache.
     """
     logits, cache = step(
         params, cache, batch, config=config, num_rows=decode_seqs, implementation=implementation
@@ -84,113 +142,52 @@ def prefill(
         q_lens=jnp.zeros(R, jnp.int32),
         bucket=batch.bucket.decode(decode_seqs),
     )
-    return logits, cache, quiet
-
-
-class Decoding(NamedTuple):
-    """State of the decode loop.
-
-    Attributes:
-        num_steps: Tokens chosen so far by a row that has not stopped.
-        batch: The last step's batch.
-        cache: The paged cache.
-        last: The token each row chose last.
-        active: Rows that have not stopped.
-        tokens: All tokens chosen.
-        num_tokens: How many each row chose, the stop token included.
-    """
-
-    num_steps: Int32[Array, ""]
-    batch: RaggedBatch
-    cache: Cache
-    last: Int32[Array, " R"]
-    active: Bool[Array, " R"]
-    tokens: Int32[Array, "R max_new_tokens"]
-    num_tokens: Int32[Array, " R"]
-
-    @classmethod
-    def start(cls, batch: RaggedBatch, cache: Cache, max_new_tokens: int) -> Decoding:
-        """The state before the first token."""
-        R = batch.bucket.seqs
-        return cls(
-            num_steps=jnp.int32(0),
-            batch=batch,
-            cache=cache,
-            last=jnp.zeros(R, jnp.int32),
-            active=jnp.arange(R) < batch.num_seqs,
-            tokens=jnp.zeros((R, max_new_tokens), jnp.int32),
-            num_tokens=jnp.zeros(R, jnp.int32),
-        )
-
-    def record(self, tokens: Int32[Array, " R"], stop_token: Int32[Array, ""]) -> Decoding:
-        """The state after each active row has chosen a token."""
-        kept = jnp.where(self.active, tokens, 0)
-        return self._replace(
-            num_steps=self.num_steps + 1,
-            last=tokens,
-            active=self.active & (tokens != stop_token),
-            tokens=lax.dynamic_update_slice_in_dim(self.tokens, kept[:, None], self.num_steps, 1),
-            num_tokens=self.num_tokens + self.active.astype(jnp.int32),
-        )
+    return Decoding.start(quiet, max_new_tokens).choose(logits, options, greedy=greedy), cache
 
 
 def decode(
     params: Params,
     cache: Cache,
-    batch: RaggedBatch,
-    logits: Float[Array, "R V"],
-    key: Array,
-    temperature: Float[Array, ""],
-    num_new_tokens: Int32[Array, ""],
-    stop_token: Int32[Array, ""],
+    state: Decoding,
+    options: RowOptions,
+    num_steps: Int32[Array, ""],
     *,
     config: DecoderConfig,
-    max_new_tokens: int,
     greedy: bool,
-    top_k: int | None,
     implementation: str,
-) -> tuple[Int32[Array, "R max_new_tokens"], Int32[Array, " R"], Cache]:
-    """From the results of `prefill` to new tokens, in one loop on the device.
+) -> tuple[Decoding, Cache]:
+    """Choose more tokens, in one loop on the device, until every row has ended.
 
     Args:
         params: The parameters.
-        cache: From `prefill`, with pages reserved for all tokens to come.
-        batch: From `prefill`.
-        logits: From `prefill`.
-        key: Random key of all draws.
-        temperature: Divides the logits; unread when greedy.
-        num_new_tokens: Tokens to choose per row, at most `max_new_tokens`.
-        stop_token: A row that chooses it ends; `NO_STOP_TOKEN` for none.
+        cache: From `prefill` or from here.
+        state: The same.
+        options: Of each row.
+        num_steps: The loop comes back after this many tokens per row, and can be called again.
         config: The decoder.
-        max_new_tokens: Room for tokens.
-        greedy: Take the likeliest token.
-        top_k: Draw among this many likeliest tokens only.
+        greedy: Whether no row draws.
         implementation: Of the attention.
 
     Returns:
-        The tokens of each row, how many there are, and the cache.
+        The state, and the cache.
     """
+    end = state.num_steps + num_steps
 
-    def choose(logits: Array, num_steps: Array) -> Array:
-        return sample(logits, jax.random.fold_in(key, num_steps), temperature, greedy=greedy, top_k=top_k)
+    def goes_on(carry: tuple[Decoding, Cache]) -> Array:
+        state, _ = carry
+        return (state.num_steps < end) & state.active.any()
 
-    def goes_on(state: Decoding) -> Array:
-        return (state.num_steps < num_new_tokens) & state.active.any()
-
-    def take_step(state: Decoding) -> Decoding:
+    def take_step(carry: tuple[Decoding, Cache]) -> tuple[Decoding, Cache]:
+        state, cache = carry
         batch = advance(state.batch, state.last, q_lens=state.active.astype(jnp.int32))
         logits, cache = step(
             params,
-            state.cache,
+            cache,
             batch,
             config=config,
             num_rows=batch.bucket.seqs,
             implementation=implementation,
         )
-        state = state._replace(batch=batch, cache=cache)
-        return state.record(choose(logits, state.num_steps), stop_token)
+        return state._replace(batch=batch).choose(logits, options, greedy=greedy), cache
 
-    state = Decoding.start(batch, cache, max_new_tokens)
-    state = state.record(choose(logits, state.num_steps), stop_token)
-    state = lax.while_loop(goes_on, take_step, state)
-    return state.tokens, state.num_tokens, state.cache
+    return lax.while_loop(goes_on, take_step, (state, cache))
