@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,10 +25,11 @@ from rich.text import Text
 import jaxattn
 from jaxattn.attention import IMPLEMENTATIONS, choose_implementation
 from jaxattn.cache import QUANTIZED_DTYPES
-from jaxattn.checkpoints import MANIFEST, Inspection, inspect, load_config, load_model
+from jaxattn.checkpoints import Inspection, inspect
 from jaxattn.checkpoints.inspection import fold_layers
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
+from jaxattn.cli_load import add_checkpoint_options, add_load_options, config_of, load
 from jaxattn.demo import run_demo
 from jaxattn.generate import (
     DEFAULT_PAGE_SIZE,
@@ -37,7 +38,7 @@ from jaxattn.generate import (
     generate,
     plan_generation,
 )
-from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.models import DecoderConfig, Programs
 from jaxattn.spec import AttentionSpec
 from jaxattn.tune import default_plan, run_tune
 
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     inspect_ = _command(commands, "inspect", _inspect, "what a checkpoint is and holds; reads no weight")
-    _add_checkpoint_options(inspect_)
+    add_checkpoint_options(inspect_)
     inspect_.add_argument("--all-leaves", action="store_true", help="one line per leaf, not per kind")
     inspect_.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -129,14 +130,8 @@ def _command(commands, name: str, function, summary: str) -> argparse.ArgumentPa
     return command
 
 
-def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or its very file")
-    parser.add_argument("--config", type=Path, metavar="FILE.json", help="default: the config.json with it")
-    parser.add_argument("--table", type=Path, metavar="FILE.json", help="names of leaves that are your own")
-
-
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint_options(parser)
+    add_load_options(parser)
     parser.add_argument(
         "--prompt-ids",
         action="append",
@@ -144,10 +139,6 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="IDS",
         help='token ids of one prompt, such as "1 5 9"; once per prompt',
     )
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
-    parser.add_argument("--compile-cache", type=Path, metavar="FOLDER", help="keep compiled programs there")
-    parser.add_argument("--check-finite", action="store_true", help="refuse weights with NaN or infinity")
-    parser.add_argument("--verify", action="store_true", help=f"compare files with {MANIFEST} first")
     parser.add_argument("--implementation", default="auto", choices=("auto", *IMPLEMENTATIONS))
 
 
@@ -210,7 +201,7 @@ def _generate(options: argparse.Namespace) -> None:
                 implementation=options.implementation,
             )
 
-    model = _load(options, compile_run)
+    model = load(options, compile_run)
     tokens = generate(
         model,
         prompts,
@@ -230,30 +221,13 @@ def _generate(options: argparse.Namespace) -> None:
         print(f"{i}: {' '.join(map(str, new))}")
 
 
-def _load(options: argparse.Namespace, *buckets: Callable[[Programs], object]) -> Model:
-    return load_model(
-        options.path,
-        _config(options),
-        dtype=options.dtype,
-        table=options.table,
-        buckets=buckets,
-        cache_dir=options.compile_cache,
-        check_finite=options.check_finite,
-        verify=options.verify,
-    )
-
-
-def _config(options: argparse.Namespace) -> DecoderConfig | None:
-    return None if options.config is None else load_config(options.config)
-
-
 def _logits(options: argparse.Namespace) -> None:
     prompts = _prompts(options.prompt_ids)
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file in it")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist; create it")
-    model = _load(options)
+    model = load(options)
     logits = compute_logits(model, prompts, implementation=options.implementation)
     with options.out.open("wb") as file:  # an open file, since savez would append to the name
         np.savez(file, allow_pickle=False, **{f"logits_{i}": array for i, array in enumerate(logits)})
@@ -261,7 +235,7 @@ def _logits(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    found = inspect(options.path, _config(options), table=options.table)
+    found = inspect(options.path, config_of(options), table=options.table)
     if options.json:
         print(json.dumps(_as_json(found)))
         return

@@ -145,9 +145,11 @@ class Programs:
             self.compiled[key] = jitted.lower(*placed, config=self.config, **static).compile()
         return self.compiled[key]
 
-    def _place(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """An argument on all devices, unless its own sharding says where it is."""
-        return leaf.update(sharding=replicated(self.mesh)) if leaf.sharding is None else leaf
+    def _place(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        """An argument like this leaf, on all devices, unless it is abstract and says where it is."""
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(self.mesh))
 
     def _params(self) -> Params:
         return abstract_params(self.config, self.dtype, self.mesh)
