@@ -31,8 +31,9 @@ import jax
 import msgpack
 import numpy as np
 import tiny_checkpoints as tiny
+from fixtures.archive import read_archive
 
-from jaxattn.checkpoints import CheckpointError, load_params
+from jaxattn.checkpoints import CheckpointError, inspect, load_params
 
 MEMORY = 3 * 2**30
 """Bytes of address space that all cases together may take beyond what sound checkpoints took."""
@@ -59,6 +60,11 @@ def write_all(root: Path) -> dict[str, Path]:
     for name, save in writers.items():
         folders[name] = tiny.write_config(root / name, config)
         save(folders[name] / "params", tree)
+    for name in ("orbax_0_2_aggregated", "orbax_0_2_manager", "orbax_0_3_ocdbt", "flax_training"):
+        folders[name] = root / name
+        read_archive(name, folders[name])
+    folders["gemma library"] = root / "gemma"
+    read_archive("gemma_library_3_flat", folders["gemma library"])
     return folders
 
 
@@ -180,7 +186,8 @@ def damage_file(path: Path, outside: Path, rng: random.Random) -> None:
         ".msgpack": damage_msgpack,
     }
     is_json = path.name.startswith((".z", "_")) or path.name == "zarr.json"
-    damage = damage_json if is_json else structured.get(path.suffix)
+    is_msgpack = path.name.startswith("checkpoint")
+    damage = damage_json if is_json else damage_msgpack if is_msgpack else structured.get(path.suffix)
     if damage is None or rng.random() < 0.35:
         path.write_bytes(damage_bytes(data, rng))
         return
@@ -216,12 +223,13 @@ class OpenedFiles:
 
 
 def run_case(folder: Path) -> str:
-    """Load a checkpoint: how that ended.
+    """Look at a checkpoint, and load it: how that ended.
 
     Raises:
         Exception: What should not have been raised.
     """
     try:
+        inspect(folder)
         params = load_params(folder)
     except CheckpointError as error:
         if not str(error).strip():

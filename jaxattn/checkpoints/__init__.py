@@ -2,18 +2,18 @@
 
 model = load_model("path/to/checkpoint", dtype="bfloat16")
 
-Three formats are read, each beside a `config.json`: safetensors (`model.safetensors`, sharded or not),
-Hugging Face's Flax files (`flax_model.msgpack`, sharded or not) and Orbax checkpoints of a Linen parameter
-tree; of the families Llama, Mistral, Phi-3, Qwen 2 and 3, Gemma 1, 2 and 3. What a config means is what
-Hugging Face's torch models compute from it. Names and shapes are compared with the config before any weight
-is read, and every disagreement is reported in one error.
+Read are safetensors, Flax's msgpack files and Orbax folders, old ones too, with the names of Hugging Face,
+of the gemma library, of MaxText, or of a table of one's own; of the families Llama, Mistral, Phi-3, Qwen 2
+and 3, Gemma 1, 2 and 3. What a config means is what Hugging Face's torch models compute from it. Names and
+shapes are compared with the config before any weight is read; every disagreement is reported in one error.
 """
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.hf_config import config_from_dict, config_to_dict, load_config
+from jaxattn.checkpoints.hf_config import config_from_dict, config_to_dict
 from jaxattn.checkpoints.inspection import Inspection, inspect
 from jaxattn.checkpoints.load import LoadedModel, load_model, load_params
 from jaxattn.checkpoints.manifest import MANIFEST, write_manifest
+from jaxattn.checkpoints.opening import load_config
 from jaxattn.checkpoints.report import LoadReport
 from jaxattn.checkpoints.rows import Row
 from jaxattn.checkpoints.save import save_params

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from jaxattn.checkpoints.families import (
     SLIDING,
     Family,
 )
-from jaxattn.checkpoints.locate import CONFIG, as_path, locate
 from jaxattn.checkpoints.rope_config import read_ropes, write_ropes
 from jaxattn.models import DecoderConfig
 
@@ -64,27 +62,6 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 
 # A layer costs memory before any weight has been seen; no decoder comes near this many.
 _MAX_LAYERS = 10_000
-
-
-def load_config(path: str | os.PathLike[str]) -> DecoderConfig:
-    """Read the configuration of a checkpoint.
-
-    Args:
-        path: The checkpoint, or its config.json.
-
-    Raises:
-        CheckpointError: If there is no config, or it is not one that the decoder can follow.
-    """
-    given = as_path(path)
-    if given.suffix == ".json" and not given.name.endswith(".index.json"):
-        return read_config(given)
-    if (given / CONFIG).is_file():
-        return read_config(given / CONFIG)
-    location = locate(given)
-    file = location.find_config()
-    if file is None:
-        raise location.no_config()
-    return read_config(file)
 
 
 def read_config(file: Path) -> DecoderConfig:

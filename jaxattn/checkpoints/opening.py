@@ -17,7 +17,7 @@ from jaxattn.checkpoints.filling import Filling
 from jaxattn.checkpoints.gemma_table import is_gemma_library
 from jaxattn.checkpoints.gemma_variants import config_of_variant
 from jaxattn.checkpoints.hf_config import read_config
-from jaxattn.checkpoints.locate import Location, locate
+from jaxattn.checkpoints.locate import CONFIG, Location, as_path, locate
 from jaxattn.checkpoints.manifest import verify_manifest
 from jaxattn.checkpoints.mapping import Leaf, Plan, match, spelled_shapes
 from jaxattn.checkpoints.maxtext_table import is_maxtext
@@ -141,6 +141,25 @@ def open_checkpoint(
 def format_of(location: Location) -> str:
     """The format of weights: "safetensors", "msgpack" or "orbax"."""
     return "orbax" if location.is_orbax else "safetensors" if location.is_safetensors else "msgpack"
+
+
+def load_config(path: str | os.PathLike[str]) -> DecoderConfig:
+    """Read the configuration of a checkpoint; of a released Gemma that has none, tell it from its shapes.
+
+    Args:
+        path: The checkpoint, or its config.json.
+
+    Raises:
+        CheckpointError: If there is no config, or it is not one that the decoder can follow.
+    """
+    given = as_path(path)
+    if given.suffix == ".json" and not given.name.endswith(".index.json"):
+        return read_config(given)
+    if (given / CONFIG).is_file():
+        return read_config(given / CONFIG)
+    location = locate(given)
+    file = location.find_config()
+    return infer_config(location, open_weights(location).leaves) if file is None else read_config(file)
 
 
 def infer_config(location: Location, leaves: Mapping[str, Leaf]) -> DecoderConfig:
