@@ -70,8 +70,25 @@ DECODED = ("Llama 3", "Phi-3", "Gemma 2", "Gemma 3")
 )
 def test_greedy_tokens_through_the_paged_decode(family, loaded):
     config = tiny.FAMILIES[family]
-    wanted = [dense_decoder.greedy(tensors_of(family), config, prompt, 8) for prompt in PROMPTS]
-    assert generate(loaded(family), PROMPTS, 8, page_size=4) == wanted
+    wanted = [dense_decoder.greedy(tensors_of(family), config, prompt, 16) for prompt in PROMPTS]
+    assert generate(loaded(family), PROMPTS, 16, page_size=4) == wanted
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in DECODED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+def test_bfloat16_throughout(family, tmp_path):
+    """Stored, loaded and computed so, against the exact decoder on the same rounded weights."""
+    config, tensors = tiny.FAMILIES[family], tensors_of(family)
+    rounded = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
+    model = load_model(tiny.write_safetensors(tmp_path, config, rounded))
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
+    exact_weights = {name: tensor.astype(np.float32) for name, tensor in rounded.items()}
+    for prompt, got in zip(PROMPTS, compute_logits(model, PROMPTS, grid=GRID), strict=True):
+        wanted = dense_decoder.logits(exact_weights, config, prompt)
+        assert np.abs(got - wanted).max() <= 0.25 * wanted.std()
+        p, q = (jax.nn.log_softmax(x.astype(np.float32)) for x in (wanted, got))
+        assert float((jnp.exp(p) * (p - q)).sum(-1).mean()) <= 0.01
 
 
 GATE, UP, Q = (
@@ -126,6 +143,21 @@ WRONG_WEIGHTS: list[tuple[str, str, Callable[[tiny.Tensors], tiny.Tensors]]] = [
 def test_a_key_of_the_config_misread_would_be_noticed(family, keys, logits):
     config = tiny.FAMILIES[family] | keys
     assert distance(logits(family), tensors_of(family), config) > 100 * ATOL
+
+
+def test_another_epsilon_would_be_noticed(tmp_path):
+    """It moves logits the least of all mistakes, where embeddings are as small as those of trained models."""
+    config, tensors = tiny.FAMILIES["Llama 2"], dict(tensors_of("Llama 2"))
+    tensors["model.embed_tokens.weight"] = 0.02 * tensors["model.embed_tokens.weight"]
+    got = compute_logits(load_model(tiny.write_safetensors(tmp_path, config, tensors)), PROMPTS, grid=GRID)
+    assert distance(got, tensors, config) < ATOL
+    assert distance(got, tensors, config | {"rms_norm_eps": 1e-6}) > 10 * ATOL
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "Gemma 3"])
+def test_rounded_weights_would_be_noticed(family, logits):
+    tensors = {name: x.astype(jnp.bfloat16).astype(np.float32) for name, x in tensors_of(family).items()}
+    assert distance(logits(family), tensors, tiny.FAMILIES[family]) > 100 * ATOL
 
 
 @pytest.mark.parametrize(("family", "mistakes"), WRONG_DECODERS)
