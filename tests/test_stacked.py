@@ -55,7 +55,7 @@ def test_logits_and_tokens_are_those_of_layers_apart(models):
     assert serve(stacked, PROMPTS, 9, num_pages=16, page_size=4, token_budget=8, max_seqs=2) == tokens
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "triton"])
 def test_every_implementation(models, implementation):
     apart, stacked = models
     expected = generate(apart, PROMPTS, 5, page_size=4)

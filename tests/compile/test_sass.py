@@ -6,6 +6,7 @@ Interpret mode accepts what a GPU cannot hold, and a lowered program does not sh
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -196,8 +197,10 @@ def test_main_configurations_use_the_hardware(case):
     assert PRODUCTS[case.target] in takes[long].instructions
     for name in short, long:
         ptx = kernels[name].ptx
-        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", ptx)
-        assert set(copies) == {"10"}, "keys and values are copied asynchronously, 16 bytes at a time"
+        copies = Counter(re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", ptx))
+        assert copies.keys() <= {"10", "4"}, "keys and values are copied asynchronously, 16 bytes at a time"
+        # Page numbers, 4 bytes each: of keys there would be four times as many narrow copies as wide ones.
+        assert copies["4"] < copies["10"] / 4
         assert not re.search(r"ld\.global\S*\.[bu](8|16)\b", ptx), "a narrow load"
     check(found)
 
