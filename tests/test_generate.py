@@ -321,6 +321,10 @@ def test_refuses(model, prompts, options, message):
         generate(model, prompts, **{"max_new_tokens": 2, **options})
 
 
+XLA_FIRST = ["xla", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reference", "triton"))]
+"""What the bits of a step, which all three are tested for every day, already say of the other two."""
+
+
 class TestQuantisedCache:
     """Against the same model over a float32 cache into which rounded keys and values are written."""
 
@@ -340,7 +344,7 @@ class TestQuantisedCache:
 
         return model_that_rounds
 
-    @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+    @pytest.mark.parametrize("implementation", XLA_FIRST)
     def test_greedy_tokens(self, model, tokens, oracle, implementation):
         # Two programs may sum in another order: sooner or later a key is rounded up in one and down in the
         # other, and some steps later another token is chosen.
@@ -351,7 +355,7 @@ class TestQuantisedCache:
         assert got == run(oracle(scales, "int8"), PROMPTS, num)
 
     @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
-    @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+    @pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
     def test_the_bits_of_a_step(self, model, oracle, dtype, implementation):
         scales = powers_of_two(model, dtype)
         quantised = two_steps(model, implementation, dtype, scales)
@@ -382,7 +386,7 @@ class TestQuantisedCache:
         )
         chex.assert_trees_all_close(larger, scales, rtol=1e-6)
 
-    @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+    @pytest.mark.parametrize("implementation", XLA_FIRST)
     def test_padding_may_be_poisoned(self, model, implementation):
         prompts = [[1, 5, 9], [7], [3] * 17]
         poisoned = dict(model.params)
@@ -391,7 +395,7 @@ class TestQuantisedCache:
         got = generate(Model.from_params(CONFIG, poisoned), prompts, 3, **options)
         assert got == generate(model, prompts, 3, **options)
 
-    @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
+    @pytest.mark.parametrize("implementation", XLA_FIRST)
     @pytest.mark.parametrize(("dtype", "poison"), [("int8", -128), ("float8_e4m3fn", np.nan)])
     def test_pages_may_hold_anything(self, model, monkeypatch, dtype, poison, implementation):
         options = {"cache_dtype": dtype, "implementation": implementation}
