@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 import tiny_checkpoints as tiny
+from fixtures.archive import read_archive
 from flax import serialization
 
 from jaxattn.checkpoints import CheckpointError, load_config, load_model, load_params
@@ -281,3 +282,24 @@ def test_errors_of_libraries_are_kept_short():
     outer = RuntimeError("first line\nsecond line")
     outer.__cause__ = dump
     assert summarize(outer) == 'RuntimeError: first line (ValueError: NOT_FOUND: no "x")'
+
+
+def claim_huge_chunks(file):
+    """In zarr 2 and in zarr 3, the chunks of an array a million times as long as it is."""
+    metadata = json.loads(file.read_bytes())
+    chunks = metadata["chunk_grid"]["configuration"] if "chunk_grid" in metadata else metadata
+    name = "chunk_shape" if "chunk_grid" in metadata else "chunks"
+    chunks[name][0] *= 10**6
+    file.write_text(json.dumps(metadata))
+
+
+def test_chunks_far_larger_than_their_array_are_refused_before_they_are_read(tree, tmp_path):
+    """A chunk takes as much memory as it claims, and the process ends where there is not so much."""
+    tiny.save_no_ocdbt(tiny.write_config(tmp_path / "zarr", tiny.LLAMA) / "params", tree)
+    claim_huge_chunks(tmp_path / "zarr" / "params" / "lm_head.kernel" / ".zarray")
+    read_archive("orbax_0_2_manager", tmp_path / "old")
+    claim_huge_chunks(tmp_path / "old" / "7" / "state" / "params.lm_head.kernel" / ".zarray")
+    for folder in ("zarr", "old"):
+        message = error_of(tmp_path / folder)
+        assert "lm_head" in message
+        assert "is stored in chunks of" in message

@@ -107,16 +107,19 @@ def exact_gradients(step: Step) -> list[np.ndarray]:
         return step.gradients("reference", "float64")
 
 
-def textbook_gradients(step: Step) -> tuple[list[np.ndarray], float]:
+def textbook_gradients(step: Step) -> tuple[list[np.ndarray], list[float]]:
     """The formulas at the head of `jaxattn/gradients.py`, for one sequence after the other, in float32.
 
-    Also the largest of the two numbers, times its weight and a query or key, whose difference a gradient is
-    made of. Where weights cannot change, as in a window of one key, the difference is all rounding.
+    Also, per gradient, the largest number whose rounding shows. Of queries and keys it is the larger of the
+    two numbers, times its weight and a query or key, whose difference a gradient is made of: where weights
+    cannot change, as in a window of one key, the difference is all rounding. Of values it is a logit, times
+    its weight and a gradient of an output: weights are made anew from a logit and a sum of others, each of
+    them rounded by itself.
     """
     spec, G, start = step.spec, step.spec.group_size, 0
     scale, cap = np.float32(spec.softmax_scale), spec.logits_soft_cap
     dq, dks, dvs = np.zeros(step.q.shape), [], []
-    d_sinks, summands = np.zeros(spec.num_q_heads, np.float32), 0.0
+    d_sinks, difference, exponent = np.zeros(spec.num_q_heads, np.float32), 0.0, 0.0
     for q, k, v in zip(step.problem.q, step.problem.k, step.problem.v, strict=True):
         rows = slice(start, start := start + len(q))
         d_out, d_lse = step.d_out[rows], step.d_lse[rows].T
@@ -135,7 +138,10 @@ def textbook_gradients(step: Step) -> tuple[list[np.ndarray], float]:
         delta = np.einsum("qnh,qnh->nq", d_out, out) - d_lse
         d_weights = np.einsum("qnh,knh->nqk", d_out, repeated_v)
         largest = np.abs(weights * d_weights).max() * scale * max(np.abs(q).max(), np.abs(k).max())
-        summands = max(summands, float(largest))
+        difference = max(difference, float(largest))
+        exponent = max(
+            exponent, float(np.abs(np.where(sees, logits, 0) * weights).max() * np.abs(d_out).max())
+        )
         d_products = weights * (d_weights - delta[..., None]) * slope * scale
         dq[rows] = np.einsum("nqk,knh->qnh", d_products, repeated_k)
         for found, products, of_rows in ((dks, d_products, q), (dvs, weights, d_out)):
@@ -143,16 +149,18 @@ def textbook_gradients(step: Step) -> tuple[list[np.ndarray], float]:
             found.append(by_head.reshape(len(k), spec.num_kv_heads, G, -1).sum(axis=2))
         if step.sinks is not None:
             d_sinks -= (np.exp(step.sinks[:, None] - lse.T) * delta).sum(axis=1)
-    gradients = [dq, step.placed(dks), step.placed(dvs)]
-    return gradients if step.sinks is None else [*gradients, d_sinks], summands
+    gradients, summands = [dq, step.placed(dks), step.placed(dvs)], [difference, difference, exponent]
+    if step.sinks is None:
+        return gradients, summands
+    return [*gradients, d_sinks], [*summands, difference]
 
 
 def check_step(step: Step, *implementations: str) -> None:
     exact = exact_gradients(step)
     plain, summands = textbook_gradients(step)
     for implementation in implementations:
-        for g, p, e in zip(step.gradients(implementation), plain, exact, strict=True):
-            assert_as_good_as(g, p, e, jnp.dtype("float32"), summands)
+        for g, p, e, size in zip(step.gradients(implementation), plain, exact, summands, strict=True):
+            assert_as_good_as(g, p, e, jnp.dtype("float32"), size)
             np.testing.assert_array_equal(g[e == 0], 0)
 
 

@@ -15,7 +15,7 @@ from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.locate import OCDBT_MANIFEST, OLD_ORBAX_TREE
 from jaxattn.checkpoints.mapping import Leaf
 from jaxattn.checkpoints.msgpack_weights import MsgpackWeights, open_msgpack
-from jaxattn.checkpoints.weights import leads_outside, to_device
+from jaxattn.checkpoints.weights import check_chunks, leads_outside, to_device
 
 PLACEHOLDER = "PLACEHOLDER://"
 
@@ -83,8 +83,10 @@ def _open_array(folder: Path, place: str) -> Any:
         files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{place}/"}
     spec = {"driver": "zarr", "kvstore": files, "fill_missing_data_reads": False}
     try:
-        return ts.open(ts.Spec(spec), open=True, read=True).result()
+        array = ts.open(ts.Spec(spec), open=True, read=True).result()
     except ValueError as error:
         raise CheckpointError(
             f"cannot read {place} in {folder}, a file is missing or damaged: {summarize(error)}"
         ) from error
+    check_chunks(place, array.shape, [size or 1 for size in array.chunk_layout.read_chunk.shape or ()])
+    return array

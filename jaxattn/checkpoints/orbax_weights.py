@@ -18,7 +18,7 @@ from etils import epath
 from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.locate import ORBAX_METADATA
 from jaxattn.checkpoints.mapping import Leaf
-from jaxattn.checkpoints.weights import join, leads_outside, walk
+from jaxattn.checkpoints.weights import check_chunks, join, leads_outside, walk
 
 _GROUP_BYTES = 32 * 2**20
 
@@ -80,7 +80,13 @@ def open_orbax(folder: Path) -> OrbaxWeights:
         CheckpointError: If its metadata is missing or damaged, or leads outside the folder.
     """
     _check_names(folder / ORBAX_METADATA)
-    return OrbaxWeights(folder, _call(folder, lambda handler, folder: handler.metadata(folder).tree))
+    metadata = _call(folder, lambda handler, folder: handler.metadata(folder).tree)
+    for path, entry in walk(metadata):
+        storage = getattr(entry, "storage", None)
+        if storage is not None:
+            for chunks in (storage.chunk_shape, storage.write_shape):
+                check_chunks(join(path), entry.shape, chunks or ())
+    return OrbaxWeights(folder, metadata)
 
 
 def write_orbax(folder: Path, tree: Any) -> None:

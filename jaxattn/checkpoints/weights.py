@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,6 +15,9 @@ from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.mapping import Leaf
 
 Path = tuple[str | int, ...]
+
+_SMALL_CHUNK = 2**20
+"""Numbers of a chunk that may be larger than its array."""
 
 
 @runtime_checkable  # for the type checks of the tests
@@ -54,6 +58,19 @@ def join(path: Path) -> str:
 def leads_outside(name: str) -> bool:
     """Whether the name of an array, as a path in a checkpoint's folder, leads out of it."""
     return pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name
+
+
+def check_chunks(name: str, shape: Sequence[int], chunks: Sequence[int]) -> None:
+    """Refuse chunks that are much larger than their array: reading one would take as much memory as it says.
+
+    Raises:
+        CheckpointError: If they are.
+    """
+    if math.prod(chunks) > max(2 * math.prod(shape), _SMALL_CHUNK):
+        raise CheckpointError(
+            f"{name} of shape {tuple(shape)} is stored in chunks of {tuple(chunks)}, by its metadata; it is "
+            "damaged, or was changed: copy the checkpoint again"
+        )
 
 
 def to_device(array: np.ndarray, leaf: Leaf) -> jax.Array:
