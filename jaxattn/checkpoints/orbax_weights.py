@@ -84,8 +84,7 @@ def open_orbax(folder: Path) -> OrbaxWeights:
     for path, entry in walk(metadata):
         storage = getattr(entry, "storage", None)
         if storage is not None:
-            for chunks in (storage.chunk_shape, storage.write_shape):
-                check_chunks(join(path), entry.shape, chunks or ())
+            check_chunks(join(path), entry.shape, storage.chunk_shape or ())
     return OrbaxWeights(folder, metadata)
 
 
