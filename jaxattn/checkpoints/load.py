@@ -60,8 +60,8 @@ def load_params(
             file of them (see `read_table`).
         mesh: The devices that the parameters go to, as of `abstract_params`. Each leaf passes through the
             first one as a whole.
-        stack_layers: Whether to stack the leaves of all layers: programs then run layers in a loop, and
-            compile several times faster (see `models/stacked.py`).
+        stack_layers: Whether to stack the leaves of all layers: programs then run layers in a loop, compile
+            faster, and run slower (see `models/stacked.py`).
         check_finite: Whether to look for NaN and infinity in the parameters.
         verify: Whether to compare all files with the checksums of `write_manifest` first.
 

@@ -1,8 +1,8 @@
 """Stacked layers: one dictionary of leaves with an axis of layers in front, run in a loop.
 
-A program then holds the layers once, or as many of them as it takes until windows and ropes repeat, which
-compiles several times faster. The metadata are closed over, and prepared once as ever. In return each round
-takes its weights out of the stack, which may copy them.
+A program then holds the layers once, or as many of them as it takes until windows and ropes repeat: the time
+to compile it does not grow with their number. The metadata are closed over, and prepared once as ever. In
+return each round takes its weights out of the stack, which may copy them.
 """
 
 from __future__ import annotations
