@@ -1,6 +1,7 @@
 """Strict settings for every test: no silent dtype or rank promotion."""
 
 import os
+import zlib
 
 # Each warpgroup that is simulated occupies a thread of XLA, whose pool is as large as the machine has
 # cores: with fewer threads than warpgroups, a program may wait for one that never gets a thread.
@@ -42,15 +43,15 @@ def forget_programs():
 
 
 def pytest_collection_modifyitems(config, items):
-    """A quick run takes some cases of every test, and where they are few, of each test another."""
+    """A quick run takes some cases of every test, and where they are few, which one depends on its name."""
     if not IS_QUICK:
         return
     cases = defaultdict(list)
     for item in items:
         cases[item.path, getattr(item, "originalname", item.name)].append(item)
     dropped = set()
-    for number, group in enumerate(cases.values()):
-        first = number % min(KEPT_EVERY, len(group))
+    for (_, name), group in cases.items():
+        first = zlib.crc32(name.encode()) % min(KEPT_EVERY, len(group))
         dropped |= {id(item) for i, item in enumerate(group) if i % KEPT_EVERY != first}
     config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
     items[:] = [item for item in items if id(item) not in dropped]
