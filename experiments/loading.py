@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,18 +185,19 @@ def digest(params: Any) -> str:
     return total.hexdigest()
 
 
-def child(task: str, folder: Path, setting: Setting) -> None:
-    """What a process of its own does: get ready, say so, wait, work, say how long it took."""
-    jax.block_until_ready(jnp.zeros(8))
-    run: Callable[[], Any]
+def _work(task: str, folder: Path, setting: Setting) -> Callable[[], Any]:
+    """What a task measures."""
     if task == "start":
         plan = plan_generation(setting.prompt_lens, setting.max_new_tokens)
         cache_dir = folder.parent / "compiled"
-        run = lambda: load_model(folder, dtype=setting.dtype, buckets=[plan], cache_dir=cache_dir)  # noqa: E731
-    elif task == "inspect":
-        run = lambda: inspect(folder)  # noqa: E731
-    else:
-        run = lambda: WAYS[task](folder, setting)  # noqa: E731
+        return partial(load_model, folder, dtype=setting.dtype, buckets=[plan], cache_dir=cache_dir)
+    return partial(inspect, folder) if task == "inspect" else partial(WAYS[task], folder, setting)
+
+
+def child(task: str, folder: Path, setting: Setting) -> None:
+    """What a process of its own does: get ready, say so, wait, work, say how long it took."""
+    jax.block_until_ready(jnp.zeros(8))
+    run = _work(task, folder, setting)
     _say({"pid": os.getpid()})
     sys.stdin.readline()
     before, started = _bytes_read(), time.perf_counter()

@@ -70,7 +70,10 @@ def _memory() -> tuple[int | None, int | None]:
     if not _STATUS.exists():
         return None, None
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
-    return tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+    resident, most = (lines.get(name) for name in ("VmRSS", "VmHWM"))
+    if resident is None or most is None:  # as in some sandboxes
+        return None, None
+    return 1024 * int(resident.split()[0]), 1024 * int(most.split()[0])
 
 
 @contextlib.contextmanager
