@@ -9,7 +9,7 @@ PARALLEL ?= -n auto --dist worksteal
 # Further options of pytest.
 OPTIONS ?=
 
-.PHONY: help demo test test-slow test-oldest test-compile resources tables check install clean
+.PHONY: help demo experiments docs jupyter test test-slow test-oldest test-compile resources tables check install clean
 
 help:
 	@echo "make demo          train, load, generate on every backend (about two minutes)"
@@ -18,6 +18,9 @@ help:
 	@echo "make test-oldest   the suite on the oldest supported JAX"
 	@echo "make test-compile  compile every kernel to SASS, without a GPU"
 	@echo "make resources     compile the main kernels, write registers and shared memory into the table and DESIGN.md"
+	@echo "make experiments   run every experiment in a small setting, rewrite the tables in experiments/README.md"
+	@echo "make jupyter       open the notebooks in JupyterLab"
+	@echo "make docs          run every notebook and build the site, notebooks/_build/html/index.html"
 	@echo "make tables        rewrite the tables in README.md and DESIGN.md"
 	@echo "make check         lint, types, layering"
 
@@ -54,6 +57,15 @@ tables: $(VENV)/installed
 	$(PYTHON) -m jaxattn.field_tables README.md DESIGN.md
 	PYTHONPATH=.:kernels $(PYTHON) tests/compile/write_resources.py DESIGN.md
 
+experiments: $(VENV)/installed
+	$(PYTHON) experiments/run_all.py
+
+docs: $(VENV)/installed-notebooks
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going notebooks notebooks/_build/html
+
+jupyter: $(VENV)/installed-notebooks
+	$(VENV)/bin/jupyter lab notebooks
+
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -79,6 +91,10 @@ $(VENV)/bin/python:
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(PYTHON) -m pip install --quiet --upgrade "pip>=25.1"
 	$(PYTHON) -m pip install --quiet --editable . --group dev $(WITH)
+	@touch $@
+
+$(VENV)/installed-notebooks: $(VENV)/installed
+	$(PYTHON) -m pip install --quiet --group notebooks
 	@touch $@
 
 # The compiler's version must be that of jaxlib.
