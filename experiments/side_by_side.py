@@ -1,10 +1,8 @@
-"""Candidates timed in turns, and tables with a column per case: a library for the experiments."""
+"""Candidates timed in turns, their ratios, and where it was measured: a library for the experiments."""
 
 from __future__ import annotations
 
-import functools
 import gc
-import operator
 import os
 import platform
 import statistics
@@ -15,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.table import Table
 
 Call = Callable[[int], Any]
 """A candidate: runs on the input of this number, and returns when its result is ready."""
@@ -86,60 +83,23 @@ def provenance() -> dict[str, Any]:
     }
 
 
-Row = dict[str, Any]
-"""What is known of a case: at least its name as `case`, and `timings` by candidate, as dictionaries."""
-Line = tuple[str, Callable[[Row], float | None]]
-"""A line of a table: its label, and its figure for a case, None where the case has none."""
+def ratios_by_round(timings: Mapping[str, Any], name: str, other: str) -> list[float]:
+    """How many times as long as another candidate one takes, round by round; so a drift cancels out.
+
+    Args:
+        timings: By candidate, each with its `rounds_us`, as a file of results has them.
+        name: The one.
+        other: The other.
+    """
+    rounds = (timings[candidate]["rounds_us"] for candidate in (name, other))
+    return [a / b for a, b in zip(*rounds, strict=True)]
 
 
-def microseconds(row: Row, name: str) -> float | None:
-    """A candidate's median, or None where the case has no such candidate."""
-    timing = row["timings"].get(name)
-    return None if timing is None else timing["median_us"]
+def with_range(values: Sequence[float]) -> str:
+    """The median of some figures, and their range in parentheses."""
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{_short(middle)} ({_short(least)} to {_short(most)})"
 
 
-def by_round(row: Row, name: str, other: str, combine: Callable[[float, float], float]) -> float | None:
-    """The median over rounds of a combination of two candidates' figures; so a drift cancels out."""
-    timings = [row["timings"].get(candidate) for candidate in (name, other)]
-    if None in timings:
-        return None
-    return statistics.median(map(combine, *(timing["rounds_us"] for timing in timings)))
-
-
-def ratio(row: Row, name: str, other: str) -> float | None:
-    """How many times as long as another candidate one takes."""
-    return by_round(row, name, other, operator.truediv)
-
-
-def times(*names: str) -> list[Line]:
-    """A line per candidate."""
-    return [(name, functools.partial(microseconds, name=name)) for name in names]
-
-
-def ratios(other: str, *names: str) -> list[Line]:
-    """A line per candidate: how many times as long as another it takes."""
-    return [(f"{name} ÷ {other}", functools.partial(ratio, name=name, other=other)) for name in names]
-
-
-def difference(label: str, name: str, other: str) -> Line:
-    """A line: how much longer than another a candidate takes; below zero it is noise."""
-    return label, functools.partial(by_round, name=name, other=other, combine=operator.sub)
-
-
-def table_of(title: str, rows: Sequence[Row], *groups: Sequence[Line]) -> Table:
-    """A table with a column per case, and a rule between groups of lines."""
-    table = Table("", title=title, title_justify="left")
-    for row in rows:
-        table.add_column(row["case"], justify="right")
-    for lines in groups:
-        for label, figure in lines:
-            figures = [figure(row) for row in rows]
-            if any(value is not None for value in figures):
-                table.add_row(label, *map(written, figures))
-        table.add_section()
-    return table
-
-
-def written(value: float | None) -> str:
-    """A figure with a decimal where it is below 100; a dash for none."""
-    return "–" if value is None else f"{value:,.{0 if abs(value) >= 99.95 else 1}f}"
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:,.{0 if abs(value) >= 99.95 else 1}f}"
