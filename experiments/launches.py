@@ -197,7 +197,7 @@ def plot(rows: list[Row]) -> Figure:
     cases = [(row["workload"], name, times) for row in rows for name, times in row["orders"].items()]
     names = ("as listed", "longest first", "serpentine")
     series = {name: [times[name] for *_, times in cases] for name in names}
-    grouped_bars(modelled, [f"{workload}, {name}" for workload, name, _ in cases], series, form="{:.2f}")
+    grouped_bars(modelled, [f"{workload}, {name}" for workload, name, _ in cases], series)
     modelled.set(xlabel="workload, list of tiles", ylabel="modelled end ÷ even share")
     for axes in (counted, modelled):
         level(axes)

@@ -111,7 +111,7 @@ def plot(rows: list[Row]) -> Figure:
     }
     grouped_bars(axes, workloads, series, form="{:.2g}")
     axes.set(xlabel="lengths of documents", ylabel="padding, % of all tokens", yscale="log")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

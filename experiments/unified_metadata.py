@@ -10,9 +10,9 @@ classes, in four designs:
 
 All are ours, so that nothing but the design differs. Counted are nestings on the host, each of which is one
 transfer, programs that are dispatched, the instructions of these programs and the arrays that they return;
-timed is the whole, from arrays on the host until the last array is ready. Within one jit the compiler would
-merge what backends have in common: `once_per_step.py` and `never_dearer.py` count that. AutoDeploy's designs
-are compared in `nesting_cost.py`.
+timed is the whole, from arrays on the host until the last array is ready, as processor time of all threads.
+Within one jit the compiler would merge what backends have in common: `once_per_step.py` and `never_dearer.py`
+count that. AutoDeploy's designs are compared in `nesting_cost.py`.
 """
 
 from __future__ import annotations
@@ -164,7 +164,10 @@ def tables(rows: list[Row]) -> dict[str, Table]:
             row["case"],
             str(row["num_backends"]),
             str(row["num_classes"]),
-            *(with_range(ratios_by_round(row["timings"], name, "one superset")) for name in names),
+            *(
+                with_range(ratios_by_round(row["timings"], name, "one superset", of="processor_us"))
+                for name in names
+            ),
         ]
         for row in rows
     ]
@@ -199,7 +202,9 @@ def plot(rows: list[Row]) -> Figure:
     for name, color in zip(names, COLORS, strict=False):
         for case, marker in zip(cases, "os^", strict=False):
             some = [row for row in rows if row["case"] == case]
-            ratios = [ratios_by_round(row["timings"], name, "one superset") for row in some]
+            ratios = [
+                ratios_by_round(row["timings"], name, "one superset", of="processor_us") for row in some
+            ]
             middle = [statistics.median(values) for values in ratios]
             timed.plot(
                 [_readers(row) for row in some], middle, color=color, marker=marker, label=f"{name}, {case}"
@@ -207,7 +212,7 @@ def plot(rows: list[Row]) -> Figure:
             timed.vlines(
                 range(len(some)), list(map(min, ratios)), list(map(max, ratios)), color=color, alpha=0.4
             )
-    timed.set(xlabel="backends × window classes", ylabel="time ÷ one superset (range of rounds)")
+    timed.set(xlabel="backends × window classes", ylabel="processor time ÷ one superset (range of rounds)")
     for axes in (counted, timed):
         level(axes)
         lighten(axes)
