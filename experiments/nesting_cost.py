@@ -322,6 +322,9 @@ def plot(rows: list[Row]) -> Figure:
     host, device = figure.axes
     host.set_ylabel("time on the host; above 1 ours is faster")
     device.set_ylabel("time until ready on the device")
+    for axes, ticks in ((host, (0.5, 1, 2, 4, 8)), (device, (0.1, 1, 10, 100))):
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     return figure
 
 

@@ -9,8 +9,9 @@ A small stack of layers that attend, in one batch, as
 
 Instructions of the metadata are counted in what XLA compiles for a CPU; for `programs`, in each program as
 often as it runs. Then both take turns and are timed, by the processor time of all threads and by the time
-elapsed. Within one program nothing should be gained, since the compiler merges what is equal; where it may not
-look, much. Layers are small, so that the metadata's share of the time shows: that of a real model is smaller.
+elapsed. Within one program nothing should be gained, since the compiler merges what is equal; where it may
+not look, much. Layers are small, so that the metadata's share of the time shows: that of a real model is
+smaller.
 """
 
 from __future__ import annotations
