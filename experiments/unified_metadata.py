@@ -197,6 +197,7 @@ def plot(rows: list[Row]) -> Figure:
         for name in names
     }
     grouped_bars(counted, [_readers(row) for row in first], series)
+    counted.set_title(rows[0]["case"], fontsize=9)
     counted.set(xlabel="backends × window classes", ylabel="instructions ÷ those of one superset")
     cases = list(dict.fromkeys(row["case"] for row in rows))
     for name, color in zip(names, COLORS, strict=False):
@@ -216,7 +217,7 @@ def plot(rows: list[Row]) -> Figure:
     for axes in (counted, timed):
         level(axes)
         lighten(axes)
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="upper left")
     return figure
 
 
