@@ -1,43 +1,49 @@
 """How fast is `xla` on a CPU, against attention over a padded batch?
 
-Question: what does walking over tiles save where sequences differ in length? Every workload of
-`jaxattn.cases.SERVING` runs in one process on:
+What does walking over tiles save where sequences differ in length? Every workload of `jaxattn.cases.SERVING`
+runs in turns on
 
-- `padded`: gather the pages of every sequence to the longest length, pad the queries likewise, and
-  attend densely, as `jax.nn` users do;
+- `padded`: gather the pages of every sequence to the longest length, pad the queries likewise, and attend
+  densely, as `jax.nn` users do;
 - `xla` and `triton` (interpreted here), from the same metadata.
 
-    python experiments/cpu_attention.py
-
-prints a table and writes `experiments/results/cpu_attention.json` with provenance.
+All give the same outputs, which is checked first. Metadata and padded tables are made before, and not timed.
+Compared is the processor time of all threads: elapsed time is distorted on a busy machine, where dense
+products wait longest for cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
+from experiment import Experiment, Row, Table
+from matplotlib.figure import Figure
+from pictures import COLORS, white_figure
 from rich.progress import track
-from rich.table import Table
+from side_by_side import Call, measure, ratios_by_round, with_range
 
 from jaxattn import AttentionSpec, attention, prepare_metadata
 from jaxattn.cases import SERVING, Workload, nest_workload, random_page_tables
 
 SPEC = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64)
 PAGE_SIZE = 16
-RESULTS = Path(__file__).parent / "results" / "cpu_attention.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Which workloads, and how often."""
+
+    workloads: tuple[str, ...] = tuple(workload.name for workload in SERVING)
+    """Names in `jaxattn.cases.SERVING`."""
+    rounds: int = 5
+    """Rounds of timing; the candidates take turns."""
+    repeats: int = 3
+    """Calls of a candidate per round, fewer where they take long."""
 
 
 def padded_attention(
@@ -71,8 +77,8 @@ def padded_attention(
     return jnp.einsum("bkgqs,bskh->bqkgh", weights, values).reshape(B, Q, N, H)
 
 
-def candidates(workload: Workload) -> dict[str, Callable[[], jax.Array]]:
-    """A call per candidate, all on the same keys."""
+def candidates(workload: Workload) -> dict[str, Call]:
+    """A call per candidate, all on the same keys; their results agree."""
     rng = np.random.default_rng(0)
     tables, num_pages = random_page_tables(workload, PAGE_SIZE, rng)
     batch = nest_workload(workload, page_tables=tables, page_size=PAGE_SIZE)
@@ -92,57 +98,85 @@ def candidates(workload: Workload) -> dict[str, Callable[[], jax.Array]]:
     dense_args = (jnp.asarray(rows), jnp.asarray(table), jnp.asarray(workload.kv_lens, jnp.int32))
     dense = jax.jit(padded_attention)
 
-    def ours(implementation: str) -> Callable[[], jax.Array]:
+    def ours(implementation: str) -> Call:
         run = jax.jit(lambda q, k, v, m: attention(q, k, v, m, SPEC, implementation=implementation))
-        return lambda: run(q, k, v, metadata)
+        return lambda _: jax.block_until_ready(run(q, k, v, metadata))
 
-    calls = {"padded": lambda: dense(q, k, v, *dense_args), "xla": ours("xla"), "triton": ours("triton")}
-    expected = np.asarray(calls["padded"]())[rows < batch.bucket.tokens]
+    calls: dict[str, Call] = {
+        "padded": lambda _: jax.block_until_ready(dense(q, k, v, *dense_args)),
+        "xla": ours("xla"),
+        "triton": ours("triton"),
+    }
+    expected = np.asarray(calls["padded"](0))[rows < batch.bucket.tokens]
     for name in ("xla", "triton"):
-        np.testing.assert_allclose(calls[name]()[: ends[-1]], expected, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(calls[name](0)[: ends[-1]], expected, atol=2e-5, err_msg=name)
     return calls
 
 
-def measure(call: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds per call, warm."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - started)
-    return {"min_ms": 1e3 * min(seconds), "median_ms": 1e3 * statistics.median(seconds)}
+def rows(config: Config) -> Iterator[Row]:
+    """A row per workload."""
+    chosen = [workload for workload in SERVING if workload.name in config.workloads]
+    for workload in track(chosen, "workloads"):
+        timings = measure(candidates(workload), inputs=1, repeats=config.repeats, rounds=config.rounds)
+        yield {
+            "workload": workload.name,
+            "timings": {name: timing._asdict() for name, timing in timings.items()},
+        }
 
 
-def provenance() -> dict[str, Any]:
-    """Where and on what the figures were taken."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "device": jax.devices()[0].device_kind,
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=15)
-    options = parser.parse_args()
-    rows = []
-    for workload in track(SERVING, description="workloads"):
-        figures = {name: measure(call, options.repeats) for name, call in candidates(workload).items()}
-        rows.append({"workload": workload.name, **figures})
-    table = Table("workload", "padded, ms", "xla, ms", "triton interpreted, ms", "padded / xla")
+def tables(rows: list[Row]) -> dict[str, Table]:
+    """A line per workload."""
+    header = (
+        "workload",
+        "padded, ms",
+        "`xla`, ms",
+        "padded ÷ `xla` (range)",
+        "interpreted kernel ÷ `xla`",
+        "elapsed, padded ÷ `xla`",
+    )
+    lines = []
     for row in rows:
-        padded, xla, triton = (row[name]["median_ms"] for name in ("padded", "xla", "triton"))
-        table.add_row(row["workload"], *(f"{ms:.1f}" for ms in (padded, xla, triton)), f"{padded / xla:.1f}")
-    Console().print(table)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"provenance": provenance(), "results": rows}, indent=1) + "\n")
+        timings = row["timings"]
+        milliseconds = (statistics.median(timings[name]["processor_us"]) / 1e3 for name in ("padded", "xla"))
+        ratios = (ratios_by_round(timings, name, "xla", of="processor_us") for name in ("padded", "triton"))
+        lines.append(
+            [
+                row["workload"],
+                *(f"{ms:.1f}" for ms in milliseconds),
+                *map(with_range, ratios),
+                with_range(ratios_by_round(timings, "padded", "xla")),
+            ]
+        )
+    return {"times": Table(header, lines)}
 
+
+def plot(rows: list[Row]) -> Figure:
+    """Padded over `xla`, every round, by workload."""
+    figure = white_figure("On a CPU, what does walking over tiles save against a padded batch?", 9, 4)
+    axes = figure.subplots()
+    for i, row in enumerate(rows):
+        ratios = ratios_by_round(row["timings"], "padded", "xla", of="processor_us")
+        axes.barh(i, float(np.median(ratios)), color=COLORS[0])
+        axes.plot(ratios, [i] * len(ratios), "|", color="black", markersize=9)
+        axes.annotate(f"{np.median(ratios):.1f}", (max(ratios), i), (5, -3), textcoords="offset points")
+    axes.set_yticks(range(len(rows)), [row["workload"] for row in rows])
+    axes.invert_yaxis()
+    axes.set(
+        xscale="log", xlabel="processor time of padded ÷ that of xla; a mark per round", ylabel="workload"
+    )
+    axes.set_xlim(0.5, axes.get_xlim()[1] * 1.5)
+    axes.axvline(1, color="#333333", linewidth=1, linestyle="--")
+    return figure
+
+
+EXPERIMENT = Experiment(
+    question="On a CPU, what does walking over tiles save against a padded batch?",
+    committed=Config(),
+    small=Config(workloads=("decode 16 x 1k",), rounds=2, repeats=2),
+    rows=rows,
+    tables=tables,
+    plot=plot,
+)
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__file__)

@@ -3,33 +3,28 @@
 A count of compiled programs, for a CPU: XLA's instructions, arithmetic operations and bytes. Nothing is
 timed and nothing runs. What the superset is compared with stands in `specialised_metadata.py`.
 
-    python experiments/never_dearer.py
-
-prints tables and writes `experiments/results/never_dearer.json` with provenance. What is compared:
-
 1. Each consumer's own function against the superset, inlined (everything is prepared, the program
    returns what the consumer reads, the compiler removes the rest) and selected
    (`prepare_metadata(consumers=...)`, a program of its own).
 2. All consumers at once against the sum of their own functions; and what one more window class adds
    against a function that derives that class alone from what is shared.
-3. Stacks of layers: instructions of the metadata by number of layers, derived once or in every layer: in
-   one program nothing is gained, under rematerialisation and in programs of their own much is.
+
+Layers that derive it again are the question of `once_per_step.py`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from compiled_cost import UNFUSED, Cost, compiled, cost_of, program_cost, work
-from cpu_attention import provenance
-from rich.console import Console
+from compiled_cost import UNFUSED, Cost, compiled, cost_of, program_cost
+from experiment import Experiment, Row, Table
+from matplotlib.figure import Figure
+from pictures import COLORS, grouped_bars, level, lighten, white_figure
 from rich.progress import track
-from rich.table import Table
 from specialised_metadata import (
     SPECIALISED,
     Arrays,
@@ -38,12 +33,10 @@ from specialised_metadata import (
     without_repeats,
 )
 
-from jaxattn import AttentionSpec, Bucket, RaggedBatch, RopeConfig, attention, prepare_metadata
+from jaxattn import AttentionSpec, Bucket, RaggedBatch, RopeConfig, prepare_metadata
 from jaxattn.batch import abstract_batch
 from jaxattn.consumers import CONSUMERS
 from jaxattn.spec import WindowClass
-
-RESULTS = Path(__file__).parent / "results" / "never_dearer.json"
 
 Layers = tuple[AttentionSpec, ...]
 
@@ -90,7 +83,7 @@ def empty_batch(bucket: Bucket, *, paged: bool) -> RaggedBatch:
     return abstract_batch(Bucket(bucket.tokens, bucket.seqs, max_q_len=bucket.max_q_len))
 
 
-# 1. Consumers one by one.
+# Consumers one by one.
 
 
 def specialised(consumer: str, layers: Layers) -> Callable[[RaggedBatch], Arrays]:
@@ -119,7 +112,7 @@ def programs(consumer: str, layers: Layers, batch: RaggedBatch) -> dict[str, jax
     return {name: compiled(make(consumer, layers), batch) for name, make in functions.items()}
 
 
-# 2. Consumers together, and one window class more.
+# Consumers together, and one window class more.
 
 
 def compare_together(layers: Layers, batch: RaggedBatch) -> dict[str, Cost]:
@@ -166,166 +159,134 @@ def _shared(consumer: str, layers: Layers, batch: RaggedBatch) -> tuple[Arrays, 
     return tokens, [{"q_start": ints(n), "last": ints(n), "live": flags(n)} for n in sizes]
 
 
-# 3. Stacks of layers.
-
-FORMS = ("loop", "loop, unfused", "scan", "rematerialised loop", "rematerialised scan", "programs")
-STACK_BUCKET = Bucket(32, 4, 16)
-STACK_PAGE_SIZE = 4
-_SMALL: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-STACK_LAYERS: Layers = (AttentionSpec(**_SMALL), AttentionSpec(**_SMALL, sliding_window=8))
+# Running and reporting.
 
 
-def stack(
-    num_layers: int, implementation: str, form: str, *, once: bool, classes: Layers = STACK_LAYERS
-) -> Callable[[RaggedBatch, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """A stack of layers that attend, or its gradient where it is rematerialised.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What is compiled."""
 
-    Args:
-        num_layers: Layers; the window classes take turns.
-        implementation: Of the attention.
-        form: One of `FORMS` but the last.
-        once: Whether metadata are derived before the layers, or in each of them.
-        classes: Layers of each window class.
-    """
-    period = len(classes)
-
-    def run(batch: RaggedBatch, x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        shared = prepare_metadata(batch, classes) if once else None
-
-        def layer(x: jax.Array, kv: tuple[jax.Array, jax.Array], spec: AttentionSpec) -> jax.Array:
-            metadata = prepare_metadata(batch, classes) if shared is None else shared
-            return x + attention(x, *kv, metadata, spec, implementation=implementation)
-
-        def repeat(x: jax.Array, kv: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            for i, spec in enumerate(classes):
-                x = layer(x, (kv[0][i], kv[1][i]), spec)
-            return x, None
-
-        if "scan" in form:
-            body = jax.checkpoint(repeat) if "remat" in form else repeat
-            k, v = (pages.reshape(-1, period, *pages.shape[1:]) for pages in (k, v))
-            return jax.lax.scan(body, x, (k, v))[0]
-        for i in range(num_layers):
-            attend = jax.checkpoint(layer, static_argnums=2) if "remat" in form else layer
-            x = attend(x, (k[i], v[i]), classes[i % period])
-        return x
-
-    if "remat" in form:
-        return jax.grad(lambda batch, x, k, v: run(batch, x, k, v).sum(), argnums=1)
-    return run
+    buckets: tuple[str, ...] = tuple(BUCKETS)
+    """Names in `BUCKETS`."""
+    layers: tuple[str, ...] = tuple(LAYERS)
+    """Names in `LAYERS`."""
+    paged: tuple[bool, ...] = (True, False)
+    """Whether keys lie in pages, or packed beside their queries."""
+    readers: tuple[str, ...] = READERS
+    """Consumers that are compared one by one."""
 
 
-def stack_arguments(num_layers: int) -> tuple[RaggedBatch, Any, Any, Any]:
-    """The shapes of a stack's arguments."""
-    N, K, H = (_SMALL[name] for name in ("num_q_heads", "num_kv_heads", "head_dim"))
-    batch = abstract_batch(STACK_BUCKET, STACK_PAGE_SIZE)
-    x = jax.ShapeDtypeStruct((STACK_BUCKET.tokens, N, H), jnp.float32)
-    pages = jax.ShapeDtypeStruct((num_layers, STACK_BUCKET.pages, STACK_PAGE_SIZE, K, H), jnp.float32)
-    return batch, x, pages, pages
+def rows(config: Config) -> Iterator[Row]:
+    """A row per comparison."""
+    cases = [(bucket, paged) for bucket in config.buckets for paged in config.paged]
+    for bucket, paged in track(cases, "buckets"):
+        case, batch = {"bucket": bucket, "paged": paged}, empty_batch(BUCKETS[bucket], paged=paged)
+        for name in config.layers:
+            for consumer in config.readers:
+                costs = {k: program_cost(p) for k, p in programs(consumer, LAYERS[name], batch).items()}
+                yield {"kind": "consumer", **case, "layers": name, "consumer": consumer, **_written(costs)}
+        costs = compare_together(LAYERS["three classes"], batch)
+        yield {"kind": "all consumers", **case, **_written(costs)}
+        # The kernels' classes have split plans and orders of their own, which 1 compares.
+        for consumer in ("reference", "xla"):
+            costs = compare_further_class(consumer, (GLOBAL, SLIDING, WIDER), batch)
+            yield {"kind": "a third window", **case, "consumer": consumer, **_written(costs)}
 
 
-METADATA = "jit(_prepare)"
-"""What the name of every instruction of `prepare_metadata` holds, wherever it was moved or fused."""
+def _written(costs: dict[str, Cost]) -> Row:
+    return {name: cost._asdict() for name, cost in costs.items()}
 
 
-def stack_text(*args: Any, options: dict[str, bool | str] | None = None, **kwargs: Any) -> str:
-    """The compiled program of a `stack`."""
-    return compiled(stack(*args, **kwargs), *stack_arguments(args[0]), options=options).as_text() or ""
+FIGURES = ("instructions", "flops", "bytes")
 
 
-def metadata_instructions(num_layers: int, implementation: str, form: str, *, once: bool) -> int:
-    """Instructions of the metadata in a stack; in `programs`, of each program as often as it runs."""
-    if form != "programs":
-        options = UNFUSED if "unfused" in form else None
-        return work(stack_text(num_layers, implementation, form, once=once, options=options), METADATA)
-    if once:
-        batch = stack_arguments(1)[0]
-        text = compiled(selected(implementation, STACK_LAYERS), batch).as_text() or ""
-        return work(text, METADATA)
-    one = [
-        work(stack_text(1, implementation, "loop", once=True, classes=(spec,)), METADATA)
-        for spec in STACK_LAYERS
+def _of_kind(rows: list[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def tables(rows: list[Row]) -> dict[str, Table]:
+    """Sums over all comparisons; superset ÷ specialised for all consumers at once, and for a third window."""
+    consumers = _of_kind(rows, "consumer")
+    forms = {
+        "specialised": "specialised functions, summed",
+        "inlined": "the superset, inlined and pruned by the compiler",
+        "selected": "the superset, selected by `consumers=`",
+    }
+    totals = [
+        [
+            label,
+            *(f"{sum(row[form][figure] for row in consumers):,.0f}" for figure in FIGURES),
+            str(sum(any(row[form][f] > row["specialised"][f] for f in FIGURES) for row in consumers)),
+        ]
+        for form, label in forms.items()
     ]
-    return sum(one[i % len(one)] for i in range(num_layers))
-
-
-# Tables.
-
-
-def matrix(buckets: Sequence[str] = tuple(BUCKETS)) -> list[dict[str, Any]]:
-    """Every consumer on every batch and set of layers."""
-    rows = []
-    for bucket in track(buckets, description="consumers"):
-        for paged in (True, False):
-            batch = empty_batch(BUCKETS[bucket], paged=paged)
-            for name, layers in LAYERS.items():
-                for consumer in READERS:
-                    case = {"bucket": bucket, "paged": paged, "layers": name, "consumer": consumer}
-                    costs = {k: program_cost(p) for k, p in programs(consumer, layers, batch).items()}
-                    rows.append(case | {key: cost._asdict() for key, cost in costs.items()})
-    return rows
-
-
-def together(buckets: Sequence[str] = tuple(BUCKETS)) -> list[dict[str, Any]]:
-    """All consumers at once, and one more window class."""
-    rows = []
-    for bucket in track(buckets, description="together"):
-        for paged in (True, False):
-            batch = empty_batch(BUCKETS[bucket], paged=paged)
-            case = {"bucket": bucket, "paged": paged}
-            costs = compare_together(LAYERS["three classes"], batch)
-            rows.append(case | {"what": "all consumers"} | {k: c._asdict() for k, c in costs.items()})
-            # The kernels' classes have split plans and orders of their own, which 1 compares.
-            for consumer in ("reference", "xla"):
-                costs = compare_further_class(consumer, (GLOBAL, SLIDING, WIDER), batch)
-                rows.append(
-                    case
-                    | {"what": f"a third window, {consumer}"}
-                    | {k: c._asdict() for k, c in costs.items()}
-                )
-    return rows
-
-
-def stacks(layers: Sequence[int] = (2, 4, 8, 16)) -> list[dict[str, Any]]:
-    """Instructions of the metadata in stacks of layers."""
-    rows = []
-    for implementation in track(("reference", "xla"), description="stacks"):
-        for form in FORMS:
-            if implementation == "xla" and "remat" in form:
-                continue  # its loops have no gradient
-            for once in (True, False):
-                counts = {str(n): metadata_instructions(n, implementation, form, once=once) for n in layers}
-                rows.append(
-                    {"implementation": implementation, "form": form, "once": once, "instructions": counts}
-                )
-    return rows
-
-
-def _figures(cost: dict[str, float]) -> str:
-    return f"{cost['instructions']:,.0f} / {cost['flops']:,.0f} / {cost['bytes']:,.0f}"
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*(_figures(v) if isinstance(v, dict) else str(v) for v in row.values()))
-    return table
-
-
-def main() -> None:
-    before = provenance()  # the commit may move on while programs are compiled
-    results = {"consumers": matrix(), "together": together(), "stacks": stacks()}
-    console = Console(width=160)
-    for name in ("consumers", "together"):
-        console.print(_table(f"{name}: instructions / FLOPs / bytes", results[name]))
-    flat = [
-        {k: v for k, v in row.items() if k != "instructions"} | row["instructions"]
-        for row in results["stacks"]
+    together = [
+        [
+            f"{row['bucket']}, {'paged' if row['paged'] else 'not paged'}",
+            *(f"{_share(row, figure):.2f}" for figure in FIGURES),
+        ]
+        for row in _of_kind(rows, "all consumers")
     ]
-    console.print(_table("instructions of the metadata, by number of layers", flat))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"provenance": before, **results}, indent=1) + "\n")
+    further = _of_kind(rows, "a third window")
+    window = [
+        [
+            f"`{consumer}`",
+            *(_shares([row for row in further if row["consumer"] == consumer], f) for f in FIGURES),
+        ]
+        for consumer in dict.fromkeys(row["consumer"] for row in further)
+    ]
+    return {
+        "totals": Table(("", "instructions", "operations", "bytes", f"dearer, of {len(consumers)}"), totals),
+        "together": Table(("batch", "instructions", "operations", "bytes"), together),
+        "window": Table(("consumer", "instructions", "operations", "bytes"), window),
+    }
 
+
+def _shares(rows: list[Row], figure: str) -> str:
+    shares = [_share(row, figure) for row in rows]
+    return f"{min(shares):.2f} to {max(shares):.2f}"
+
+
+def _share(row: Row, figure: str) -> float:
+    return row["superset"][figure] / row["specialised"][figure]
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Every comparison, and what all consumers share."""
+    figure = white_figure("Is the superset ever dearer than functions written for one consumer?", 11, 4.4)
+    alone, together = figure.subplots(1, 2)
+    consumers = _of_kind(rows, "consumer")
+    for name, color in zip(dict.fromkeys(row["consumer"] for row in consumers), COLORS, strict=False):
+        points = [
+            (row["specialised"]["instructions"], row["inlined"]["instructions"])
+            for row in consumers
+            if row["consumer"] == name
+        ]
+        alone.plot(*zip(*points, strict=True), "o", color=color, alpha=0.6, label=name, markersize=4)
+    most = max(row["specialised"]["instructions"] for row in consumers)
+    alone.plot([0, most], [0, most], color="#333333", linewidth=1, linestyle="--", label="equal")
+    alone.set(xlabel="instructions of its own function", ylabel="instructions of the superset, inlined")
+    alone.legend(frameon=False, fontsize=8)
+    lighten(alone)
+    all_at_once = _of_kind(rows, "all consumers")
+    cases = [f"{row['bucket']}, {'paged' if row['paged'] else 'not'}" for row in all_at_once]
+    series = {figure: [_share(row, figure) for row in all_at_once] for figure in ("instructions", "flops")}
+    grouped_bars(together, cases, series)
+    together.set(xlabel="batch", ylabel="all consumers at once ÷ sum of their own")
+    level(together)
+    together.set_ylim(0, 1.3)
+    together.legend(frameon=False, loc="upper right", ncols=2)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    question="Is the superset ever dearer than functions written for one consumer alone?",
+    committed=Config(),
+    small=Config(buckets=("decode 32",), layers=("sliding",), paged=(True,), readers=("reference", "xla")),
+    rows=rows,
+    tables=tables,
+    plot=plot,
+)
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__file__)

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from experiment import RESULTS, UNCOMMITTED, Experiment, read_result
 from matplotlib.figure import Figure
@@ -37,6 +38,13 @@ def experiment(name: str) -> Experiment:
     return importlib.import_module(name).EXPERIMENT
 
 
+def origin(provenance: dict[str, Any]) -> str:
+    """A line below a table: when, on what commit, and how busy the machine was."""
+    load = provenance.get("load_average")
+    busy = f", {provenance['cores']} cores with a load average of {load[0]:.0f}" if load else ""
+    return f"*{provenance['date']}, commit {provenance['commit'][:7]}{busy}.*"
+
+
 def rewrite(text: str) -> str:
     """A document with its tables made anew from the committed results.
 
@@ -46,10 +54,11 @@ def rewrite(text: str) -> str:
 
     def table(block: re.Match[str]) -> str:
         name, wanted = block[2], block[3]
-        tables = experiment(name).tables(read_result(RESULTS / f"{name}.jsonl").rows)
+        result = read_result(RESULTS / f"{name}.jsonl")
+        tables = experiment(name).tables(result.rows)
         if wanted not in tables:
             raise KeyError(f"{name} has no table {wanted!r}; it has {', '.join(tables)}")
-        return f"{block[1]}\n{tables[wanted].markdown()}\n{block[4]}"
+        return f"{block[1]}\n{tables[wanted].markdown()}\n{origin(result.provenance)}\n\n{block[4]}"
 
     return _BLOCK.sub(table, text)
 

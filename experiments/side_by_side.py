@@ -1,10 +1,8 @@
-"""Candidates timed in turns, and tables with a column per case: a library for the experiments."""
+"""Candidates timed in turns, their ratios, and where it was measured: a library for the experiments."""
 
 from __future__ import annotations
 
-import functools
 import gc
-import operator
 import os
 import platform
 import statistics
@@ -15,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.table import Table
 
 Call = Callable[[int], Any]
 """A candidate: runs on the input of this number, and returns when its result is ready."""
@@ -25,10 +22,18 @@ ROUND_NS = 250_000_000
 
 
 class Timing(NamedTuple):
-    """Microseconds per call: the median of each round, and the median of those."""
+    """Microseconds per call.
+
+    Attributes:
+        median_us: The median over rounds of `rounds_us`.
+        rounds_us: The median of each round.
+        processor_us: The same of the processor time of all threads. On a busy machine programs of several
+            threads wait for cores, some longer than they compute; that is not in it.
+    """
 
     median_us: float
     rounds_us: list[float]
+    processor_us: list[float]
 
 
 def measure(calls: Mapping[str, Call], *, inputs: int, repeats: int, rounds: int) -> dict[str, Timing]:
@@ -40,7 +45,7 @@ def measure(calls: Mapping[str, Call], *, inputs: int, repeats: int, rounds: int
         repeats: Calls of a candidate per round, fewer for a slow one.
         rounds: Rounds, each of which begins with another candidate.
     """
-    medians: dict[str, list[float]] = {name: [] for name in calls}
+    medians: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for call in calls.values():
         for i in range(inputs):
             call(i)
@@ -51,22 +56,29 @@ def measure(calls: Mapping[str, Call], *, inputs: int, repeats: int, rounds: int
         for r in range(rounds):
             turn = r * len(names) // rounds
             for name in names[turn:] + names[:turn]:
-                medians[name].append(_median_us(calls[name], inputs, repeats))
+                medians[name].append(_medians_us(calls[name], inputs, repeats))
     finally:
         gc.enable()
-    return {name: Timing(statistics.median(values), values) for name, values in medians.items()}
+    found = {}
+    for name, rounds_of_it in medians.items():
+        elapsed, processor = map(list, zip(*rounds_of_it, strict=True))
+        found[name] = Timing(statistics.median(elapsed), elapsed, processor)
+    return found
 
 
-def _median_us(call: Call, inputs: int, repeats: int) -> float:
+def _medians_us(call: Call, inputs: int, repeats: int) -> tuple[float, float]:
+    """Of a round: time elapsed, and processor time."""
     call(0)
-    nanoseconds: list[int] = []
+    nanoseconds: list[tuple[int, int]] = []
     end = time.perf_counter_ns() + ROUND_NS
     while len(nanoseconds) < min(3, repeats) or (len(nanoseconds) < repeats and time.perf_counter_ns() < end):
         number = len(nanoseconds) % inputs
-        started = time.perf_counter_ns()
+        before, started = time.process_time_ns(), time.perf_counter_ns()
         call(number)
-        nanoseconds.append(time.perf_counter_ns() - started)
-    return statistics.median(nanoseconds) / 1e3
+        elapsed = time.perf_counter_ns() - started
+        nanoseconds.append((elapsed, time.process_time_ns() - before))
+    elapsed, processor = (statistics.median(column) / 1e3 for column in zip(*nanoseconds, strict=True))
+    return elapsed, processor
 
 
 def provenance() -> dict[str, Any]:
@@ -86,60 +98,26 @@ def provenance() -> dict[str, Any]:
     }
 
 
-Row = dict[str, Any]
-"""What is known of a case: at least its name as `case`, and `timings` by candidate, as dictionaries."""
-Line = tuple[str, Callable[[Row], float | None]]
-"""A line of a table: its label, and its figure for a case, None where the case has none."""
+def ratios_by_round(
+    timings: Mapping[str, Any], name: str, other: str, *, of: str = "rounds_us"
+) -> list[float]:
+    """How many times as long as another candidate one takes, round by round; so a drift cancels out.
+
+    Args:
+        timings: By candidate, each as a `Timing`, as a file of results has them.
+        name: The one.
+        other: The other.
+        of: "rounds_us" or "processor_us".
+    """
+    rounds = (timings[candidate][of] for candidate in (name, other))
+    return [a / b for a, b in zip(*rounds, strict=True)]
 
 
-def microseconds(row: Row, name: str) -> float | None:
-    """A candidate's median, or None where the case has no such candidate."""
-    timing = row["timings"].get(name)
-    return None if timing is None else timing["median_us"]
+def with_range(values: Sequence[float]) -> str:
+    """The median of some figures, and their range in parentheses."""
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{_short(middle)} ({_short(least)} to {_short(most)})"
 
 
-def by_round(row: Row, name: str, other: str, combine: Callable[[float, float], float]) -> float | None:
-    """The median over rounds of a combination of two candidates' figures; so a drift cancels out."""
-    timings = [row["timings"].get(candidate) for candidate in (name, other)]
-    if None in timings:
-        return None
-    return statistics.median(map(combine, *(timing["rounds_us"] for timing in timings)))
-
-
-def ratio(row: Row, name: str, other: str) -> float | None:
-    """How many times as long as another candidate one takes."""
-    return by_round(row, name, other, operator.truediv)
-
-
-def times(*names: str) -> list[Line]:
-    """A line per candidate."""
-    return [(name, functools.partial(microseconds, name=name)) for name in names]
-
-
-def ratios(other: str, *names: str) -> list[Line]:
-    """A line per candidate: how many times as long as another it takes."""
-    return [(f"{name} ÷ {other}", functools.partial(ratio, name=name, other=other)) for name in names]
-
-
-def difference(label: str, name: str, other: str) -> Line:
-    """A line: how much longer than another a candidate takes; below zero it is noise."""
-    return label, functools.partial(by_round, name=name, other=other, combine=operator.sub)
-
-
-def table_of(title: str, rows: Sequence[Row], *groups: Sequence[Line]) -> Table:
-    """A table with a column per case, and a rule between groups of lines."""
-    table = Table("", title=title, title_justify="left")
-    for row in rows:
-        table.add_column(row["case"], justify="right")
-    for lines in groups:
-        for label, figure in lines:
-            figures = [figure(row) for row in rows]
-            if any(value is not None for value in figures):
-                table.add_row(label, *map(written, figures))
-        table.add_section()
-    return table
-
-
-def written(value: float | None) -> str:
-    """A figure with a decimal where it is below 100; a dash for none."""
-    return "–" if value is None else f"{value:,.{0 if abs(value) >= 99.95 else 1}f}"
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:,.{0 if abs(value) >= 99.95 else 1}f}"

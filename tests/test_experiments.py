@@ -31,8 +31,26 @@ def test_tables_are_those_of_the_results():
     assert run_all.rewrite(text) == text
 
 
-def test_every_table_is_shown():
+def test_a_stale_table_is_noticed():
     text = run_all.README.read_text()
-    for name in run_all.NAMES:
-        for table in run_all.experiment(name).tables(read_result(RESULTS / f"{name}.jsonl").rows):
-            assert f"<!-- table: {name}.{table} -->" in text
+    name = run_all.NAMES[0]
+    start = text.index(f"<!-- table: {name}.")
+    digit = next(i for i in range(start, len(text)) if text[i].isdigit())
+    stale = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
+    assert run_all.rewrite(stale) == text
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(KeyError, match="has no table 'x'"):
+        run_all.rewrite(f"<!-- table: {run_all.NAMES[0]}.x -->\n<!-- end of table -->")
+
+
+@pytest.mark.parametrize("name", run_all.NAMES)
+def test_every_experiment_is_shown(name):
+    text, log = run_all.README.read_text(), (run_all.FOLDER / "LOG.md").read_text()
+    assert f"\n| `{name}.py` | " in text
+    assert f"\n## `{name}.py`\n" in text
+    assert f"(results/{name}.png)" in text
+    assert f", `{name}.py`\n" in log
+    for table in run_all.experiment(name).tables(read_result(RESULTS / f"{name}.jsonl").rows):
+        assert f"<!-- table: {name}.{table} -->" in text

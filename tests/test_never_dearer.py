@@ -1,7 +1,8 @@
 """Law 9: the compiled program holds each metadata computation once, and no more than a specialised one.
 
 Programs are compiled and counted, not timed: XLA's instructions, arithmetic operations and bytes.
-`specialised_metadata.py` holds what the superset is compared with, `never_dearer.py` the functions.
+`specialised_metadata.py` holds what the superset is compared with, `never_dearer.py` and
+`once_per_step.py` the functions.
 """
 
 from typing import Any
@@ -15,20 +16,17 @@ from never_dearer import (
     BUCKETS,
     GLOBAL,
     LAYERS,
-    METADATA,
     READERS,
     SLIDING,
-    STACK_LAYERS,
     TWO_SIDED,
     WIDER,
     compare_further_class,
     compare_together,
     empty_batch,
-    metadata_instructions,
     programs,
-    stack_text,
     window_classes,
 )
+from once_per_step import METADATA, STACK_LAYERS, metadata_instructions, stack_text
 from specialised_metadata import read_by
 
 from jaxattn import AttentionSpec, Bucket, RaggedBatch
