@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from jaxattn.consumers import triton_tiling
 from jaxattn.metadata import AttentionMetadata
@@ -29,6 +29,7 @@ class Launch(NamedTuple):
     Attributes:
         programs: Programs launched.
         program: `[n]` The program that does it.
+        turn: `[n]` In which of its turns.
         tile: `[n]` Its tile.
         head: `[n]` Its key head.
         seq: `[n]` Row of the tile's sequence; R for padding, whose output is zeros.
@@ -38,6 +39,7 @@ class Launch(NamedTuple):
 
     programs: int
     program: np.ndarray
+    turn: np.ndarray
     tile: np.ndarray
     head: np.ndarray
     seq: np.ndarray
@@ -84,6 +86,7 @@ def launch_of(tiles: Tiles, spec: AttentionSpec, *, itemsize: int = 2) -> Launch
     return Launch(
         programs=programs,
         program=_program_of(place)[has_rows],
+        turn=(place // MAX_PROGRAMS)[has_rows],
         tile=tile[has_rows],
         head=head[has_rows],
         seq=np.asarray(tiles.seq)[tile][has_rows],
@@ -97,7 +100,7 @@ def plot_programs(metadata: AttentionMetadata, spec: AttentionSpec, *, itemsize:
 
     A bar is a piece of work: a tile, or a unit of one whose keys are split, for one key head. Programs run
     side by side; what stands in one row is done by one program, in turn. A launch waits for its longest row.
-    Launches without work are left out.
+    Every second turn is paler. Launches without work are left out.
 
     Args:
         metadata: Metadata with the schedule of the Triton kernel.
@@ -151,13 +154,15 @@ def _draw(ax: Axes, name: str, launch: Launch, padding_row: int) -> None:
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
     starts = np.stack([launch.begins(), launch.program - height / 2], axis=1)
     bars = starts[:, None, :] + corners * np.stack([widths, np.full(n, height)], axis=1)[:, None, :]
-    colors = [EMPTY if s == padding_row else color_of(s) for s in launch.seq.tolist()]
+    colors = [
+        to_rgba(EMPTY if s == padding_row else color_of(s), 1.0 if turn % 2 == 0 else 0.6)
+        for s, turn in zip(launch.seq.tolist(), launch.turn.tolist(), strict=True)
+    ]
     ax.add_collection(
         PolyCollection([*bars], facecolors=colors, edgecolors=INK, linewidths=edge, antialiaseds=edge > 0)
     )
     ax.set_xlim(0, longest * 1.02)
     ax.set_ylim(rows - 0.5, -0.5)
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("keys walked over, in whole blocks")
     merged = f", then {count(launch.merged, 'tile')} merged" if launch.merged else ""
     balance = longest / shares.mean() if len(shares) else 1.0

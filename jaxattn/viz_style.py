@@ -7,6 +7,7 @@ import io
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from jaxattn.html import COLORS, MUTED
 
@@ -38,6 +39,8 @@ def panels(figure: Figure, columns: int) -> list[Axes]:
     for ax in axes:
         ax.set_facecolor("none")
         ax.tick_params(colors=INK, labelcolor=INK)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
             text.set_color(INK)
         for side, spine in ax.spines.items():
