@@ -120,7 +120,7 @@ class RaggedBatch:
         return self._get("page_list")
 
     def _repr_html_(self) -> str:
-        return batch_card(self)
+        return batch_card(self, size=field_slices(self.bucket)["page_list"].stop)
 
 
 def abstract_batch(bucket: Bucket, page_size: int | None = None) -> RaggedBatch:

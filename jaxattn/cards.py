@@ -76,18 +76,25 @@ def grid_card(grid: Any) -> str:
     )
 
 
-def batch_card(batch: Any) -> str:
-    """What a `RaggedBatch` holds, and how full its bucket is."""
+def batch_card(batch: Any, size: int) -> str:
+    """What a `RaggedBatch` holds, and how full its bucket is.
+
+    Args:
+        batch: The batch.
+        size: Elements that its buffer has, if it is one batch.
+    """
     bucket = batch.bucket
-    size = f"bucket of {bucket.tokens:,} tokens, {bucket.seqs:,} sequences" + (
+    place = f"bucket of {bucket.tokens:,} tokens, {bucket.seqs:,} sequences" + (
         f", {bucket.pages:,} pages of {batch.page_size} tokens" if batch.page_size else ""
     )
     values = values_of(batch.packed)
     if values is None:
-        return card("RaggedBatch", size, note(f"{shape_of(batch.packed)}, {why_unknown(batch.packed)}"))
+        return card("RaggedBatch", place, note(f"{shape_of(batch.packed)}, {why_unknown(batch.packed)}"))
+    if values.shape[-1:] != (size,) or values.dtype.kind != "i":
+        return card("RaggedBatch", place, note(f"{shape_of(values)}, not the buffer of a batch"))
     if values.ndim != 1:
-        return card("RaggedBatch", f"{values.shape[:-1]} batches, each in a {size}", note(shape_of(values)))
-    on_host = dataclasses.replace(batch, packed=values)
+        return card("RaggedBatch", f"{values.shape[:-1]} batches, each in a {place}", note(shape_of(values)))
+    on_host = dataclasses.replace(batch, packed=values.astype(np.int64))  # sums of whatever is in it fit
     num_seqs, num_tokens, q_lens = int(on_host.num_seqs), int(on_host.cu_q_lens[-1]), _q_lens(on_host)
     used = [
         Meter("tokens", num_tokens, bucket.tokens, f"{_padding(num_tokens, bucket.tokens)} padding"),
@@ -335,6 +342,7 @@ def _measure(tiles: Any) -> _Measured | None:
     q_len, start, end = (values_of(x) for x in (tiles.q_len, tiles.kv_start, tiles.kv_end))
     if num_tiles is None or q_len is None or start is None or end is None or q_len.ndim != 1:
         return None
+    num_tiles = min(max(num_tiles, 0), len(q_len))
     covered = int((q_len[:num_tiles].astype(np.int64) * (end - start)[:num_tiles]).sum())
     indptr = None if tiles.split is None else values_of(tiles.split.indptr)
     units = num_tiles if indptr is None else int(indptr[num_tiles])

@@ -35,6 +35,8 @@ _CELL = (
     "text-align:left;padding:.1em 1em .1em 0;border:0;color:inherit;background:transparent;vertical-align:top"
 )
 
+_ROW = '<tr style="background:transparent">'  # no theme's stripes
+
 
 class Meter(NamedTuple):
     """A share of something, drawn as a bar.
@@ -152,7 +154,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, total: int | 
     head = "".join(f'<th scope="col" style="{_CELL};font-weight:600">{html.escape(n)}</th>' for n in header)
     rows = list(rows)
     left = 0 if total is None else total - len(rows)
-    return _rows(rows, f"<thead><tr>{head}</tr></thead>") + (note(f"… and {left:,} more") if left > 0 else "")
+    return _rows(rows, f"<thead>{_ROW}{head}</tr></thead>") + (
+        note(f"… and {left:,} more") if left > 0 else ""
+    )
 
 
 def details(summary: str, *body: str) -> str:
@@ -223,7 +227,7 @@ def _svg(shapes: Sequence[str], label: str, box: str, style: str) -> str:
 
 def _rows(rows: Iterable[Sequence[str]], head: str = "") -> str:
     body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in row) + "</tr>" for row in rows
+        _ROW + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in row) + "</tr>" for row in rows
     )
     return (
         '<table style="border-collapse:collapse;margin:.1em 0;color:inherit;background:transparent">'

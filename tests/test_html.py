@@ -113,6 +113,16 @@ def test_a_batch_without_values_says_why(batch):
     assert "donated" in shown(given_away)
 
 
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=8), st.sampled_from([0, 1]))
+def test_a_batch_of_garbage_is_shown_all_the_same(numbers, missing):
+    """Memory that nobody has written yet, or a tree that somebody mapped over."""
+    batch = abstract_batch(Bucket(16, 4, 8), page_size=4)
+    values = np.resize(np.array(numbers, np.int32), batch.packed.size - missing)
+    text = shown(dataclasses.replace(batch, packed=values))
+    assert ("not the buffer of a batch" in text) == bool(missing)
+    assert "not the buffer" in shown(dataclasses.replace(batch, packed=values.astype(np.float32)))
+
+
 def test_metadata_show_each_prepared_field_and_no_other(batch):
     metadata = prepare_metadata(batch, SPEC, fields=["positions", "num_seqs", "num_tokens"])
     text = shown(metadata)
