@@ -129,8 +129,8 @@ print(choose_implementation(spec, dtype="bfloat16", page_size=16, platform="gpu"
 # ## Tune
 #
 # `tune` measures the implementations that can serve each layer, leaves out what fails or disagrees with the
-# others, and gives a table. Here it is a quick plan of one head size; `jaxattn tune` on the command line
-# has the whole one.
+# others, and gives a table. Here it is a quick plan of one head size, over batches so small that who wins
+# them says nothing of larger ones; `jaxattn tune` on the command line has the whole plan.
 
 # %%
 plan = replace(default_plan(describe_device(), quick=True), head_dims=(64,), page_sizes=(16,))
