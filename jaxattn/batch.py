@@ -20,6 +20,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Bool, Int32
 
 from jaxattn.buckets import Bucket, BucketGrid
+from jaxattn.cards import batch_card
 
 INT32_MAX = int(np.iinfo(np.int32).max)
 INT64_MAX = int(np.iinfo(np.int64).max)
@@ -117,6 +118,9 @@ class RaggedBatch:
     def page_list(self) -> Int32[Array, " P"]:
         """Physical pages, sequence after sequence, in logical order."""
         return self._get("page_list")
+
+    def _repr_html_(self) -> str:
+        return batch_card(self, size=field_slices(self.bucket)["page_list"].stop)
 
 
 def abstract_batch(bucket: Bucket, page_size: int | None = None) -> RaggedBatch:

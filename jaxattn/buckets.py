@@ -6,6 +6,8 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jaxattn.cards import bucket_card, grid_card
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
@@ -64,6 +66,9 @@ class Bucket:
             f"{n}={v} exceeds bucket.{n}={getattr(self, n)}" for n, v in sizes.items() if v > getattr(self, n)
         ]
         raise ValueError("the batch does not fit: " + "; ".join(over) + ". Use a larger bucket or split it")
+
+    def _repr_html_(self) -> str:
+        return bucket_card(self)
 
 
 def quarter_steps(smallest: int, largest: int) -> tuple[int, ...]:
@@ -137,6 +142,9 @@ class BucketGrid:
         t = _round_up("tokens", max(tokens, seqs), self.tokens)
         p = _round_up("pages", pages, self.pages) if pages else 0
         return Bucket(tokens=t, seqs=min(t, self.max_seqs), pages=p)
+
+    def _repr_html_(self) -> str:
+        return grid_card(self)
 
 
 def _round_up(name: str, value: int, sizes: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxattn.batch import INT32_MAX
+from jaxattn.cards import cache_card, pool_card
 from jaxattn_kernels.arrays import KVScales
 
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
@@ -46,6 +47,9 @@ class PagedKVCache:
     def page_size(self) -> int:
         """Tokens per page."""
         return self.k_pages.shape[1]
+
+    def _repr_html_(self) -> str:
+        return cache_card(self)
 
 
 def init_cache(
@@ -297,6 +301,9 @@ class PagePool:
         unused = pages[self._references[pages] == 0]
         self._free[self._num_free : self._num_free + unused.size] = unused[::-1]
         self._num_free += unused.size
+
+    def _repr_html_(self) -> str:
+        return pool_card(self, self._references)
 
     def _in_range(self, pages: Sequence[int] | np.ndarray) -> np.ndarray:
         array = np.asarray(pages)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from jaxattn.batch import RaggedBatch
+from jaxattn.cards import record_card
 from jaxattn.fields import described
 
 
@@ -40,6 +41,9 @@ class Cascade:
         "per group, the keys that all of its rows share, in whole pages; 0 for a single row",
         "prefix_kv_lens, common_prefix_len",
     )
+
+    def _repr_html_(self) -> str:
+        return record_card(self)
 
 
 def find_cascade(

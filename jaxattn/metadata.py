@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int32
 
 from jaxattn.batch import PAD_SLOT, RaggedBatch
 from jaxattn.buckets import Bucket
+from jaxattn.cards import metadata_card, visible_card
 from jaxattn.cascade import Cascade, find_cascade
 from jaxattn.consumers import CONSUMERS, Consumer, resolve_consumers
 from jaxattn.fields import MissingFieldError, Prepared, fields_of, metadata_field
@@ -135,6 +136,9 @@ class VisibleKeys(Prepared):
             f"field 'schedules' holds no {tiling} for {self.window_class}, only {have}; "
             "give prepare_metadata the layer's spec and its consumer"
         )
+
+    def _repr_html_(self) -> str:
+        return visible_card(self)
 
 
 @no_type_check
@@ -413,6 +417,9 @@ class AttentionMetadata(Prepared):
             f"field 'rope_tables' has none for rope={spec.rope} and head_dim={spec.head_dim}; "
             "give prepare_metadata the layer's spec"
         )
+
+    def _repr_html_(self) -> str:
+        return metadata_card(self)
 
 
 class _Request(NamedTuple):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from jaxattn.buckets import Bucket
+from jaxattn.cards import record_card, schedule_card
 from jaxattn.fields import described
 
 
@@ -72,6 +73,9 @@ class Tiles:
     split: SplitPlan | None
     block_q: int = field(metadata={"static": True})
 
+    def _repr_html_(self) -> str:
+        return record_card(self)
+
 
 @no_type_check
 @jax.tree_util.register_dataclass
@@ -92,6 +96,9 @@ class SplitPlan:
         "prefix sums of the units of each tile", "o_indptr, merge_indptr"
     )
     split_keys: int = field(metadata={"static": True})
+
+    def _repr_html_(self) -> str:
+        return record_card(self)
 
 
 @no_type_check
@@ -115,6 +122,9 @@ class TileSchedule:
         """The tile lists that exist."""
         return (self.short,) if self.long is None else (self.short, self.long)
 
+    def _repr_html_(self) -> str:
+        return schedule_card(self)
+
 
 @no_type_check
 @jax.tree_util.register_dataclass
@@ -136,6 +146,9 @@ class KeyTiles:
     q_end: Int32[Array, " W"] = described("one past the last such token")
     num_live: Int32[Array, ""] = described("tiles with keys")
     block_k: int = field(metadata={"static": True})
+
+    def _repr_html_(self) -> str:
+        return record_card(self)
 
 
 def segment_of(ends: Int32[Array, " S"], length: int) -> Int32[Array, " length"]:
