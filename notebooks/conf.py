@@ -37,7 +37,11 @@ html_title = "jaxattn"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_theme_options = {"use_download_button": False, "show_toc_level": 2}
+html_theme_options = {
+    "use_download_button": False,
+    "show_toc_level": 2,
+    "navbar_persistent": [],  # the search stands in the sidebar
+}
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
@@ -45,6 +49,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # with tables
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {"no-value": True}
@@ -95,9 +100,11 @@ def readable_types(
     """Leave aliases of types as they are written; of Flax modules show what their users give."""
     if what == "class" and name.startswith("jaxattn.nn."):
         signature = _module_signature(obj)
-    return tuple(
-        part and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", part) for part in (signature, returns)
-    )
+    return _with_aliases(signature), _with_aliases(returns)
+
+
+def _with_aliases(text: str | None) -> str | None:
+    return text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
 
 
 def _module_signature(module: type) -> str:
@@ -134,7 +141,7 @@ def readable_axes(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def compile_quickly(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Let XLA skip its optimisations where only results matter; the page's kernel inherits the environment."""
+    """Let XLA skip its optimisations where only results matter; a page's kernel inherits the environment."""
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(docname.startswith(QUICKLY_COMPILED)))
 
 
