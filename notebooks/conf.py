@@ -31,6 +31,7 @@ author = "The jaxattn authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 default_role = "py:obj"  # single backticks, as in Markdown; a link where the name is documented
+smartquotes = False  # much of what is quoted is code
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxattn"
@@ -100,11 +101,16 @@ def readable_types(
     """Leave aliases of types as they are written; of Flax modules show what their users give."""
     if what == "class" and name.startswith("jaxattn.nn."):
         signature = _module_signature(obj)
-    return _with_aliases(signature), _with_aliases(returns)
+    if getattr(obj, "_is_protocol", False):
+        signature = ""  # nobody makes one
+    return _as_written(signature), _as_written(returns)
 
 
-def _with_aliases(text: str | None) -> str | None:
-    return text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+def _as_written(text: str | None) -> str | None:
+    """Aliases by their names, and no defaults that are not Python."""
+    if text is None:
+        return None
+    return re.sub(r"<[^<>]*>", "...", re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text))
 
 
 def _module_signature(module: type) -> str:
