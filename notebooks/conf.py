@@ -23,7 +23,7 @@ SOURCES = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "experiments")]
 sys.path[:0] = SOURCES
 
 # What the kernels of the pages inherit: this tree whatever else is installed, and the same device everywhere.
-os.environ["PYTHONPATH"] = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = os.pathsep.join([*SOURCES, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 project = "jaxattn"
@@ -73,9 +73,6 @@ OVERLOADED = {
 
 QUICKLY_COMPILED = ("how_to/",)
 """Pages whose code is small and timed by nobody: compiling it is most of what building them takes."""
-
-LINKS = {"experiments/README.md": {"LOG.md": "experiment_log.md"}}
-"""Links of included documents, and where they lead on the site."""
 
 
 def show_one_signature(app: Sphinx) -> None:
@@ -151,14 +148,6 @@ def compile_quickly(app: Sphinx, docname: str, content: list[str]) -> None:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(docname.startswith(QUICKLY_COMPILED)))
 
 
-def redirect_links(app: Sphinx, path: Path, docname: str, content: list[str]) -> None:
-    """Let links of included documents lead to pages of the site."""
-    for file, links in LINKS.items():
-        if (ROOT / "notebooks" / path).resolve() == ROOT / file:
-            for theirs, ours in links.items():
-                content[0] = content[0].replace(f"]({theirs}", f"]({ours}")
-
-
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the functions above."""
     app.connect("builder-inited", show_one_signature)
@@ -167,5 +156,4 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before napoleon
     app.connect("doctree-read", readable_axes)
     app.connect("source-read", compile_quickly)
-    app.connect("include-read", redirect_links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
