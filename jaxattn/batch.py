@@ -26,9 +26,9 @@ INT32_MAX = int(np.iinfo(np.int32).max)
 INT64_MAX = int(np.iinfo(np.int64).max)
 DEFAULT_GRID = BucketGrid()
 
-# A slot that does not exist: out of range and *positive*, so that a scatter with mode="drop" skips
-# it. A negative one would wrap around and overwrite a live slot.
 PAD_SLOT = INT32_MAX
+"""A slot that does not exist: out of range and *positive*, so that a scatter with `mode="drop"` skips it. A
+negative one would wrap around and overwrite a live slot."""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -112,6 +112,7 @@ CONSUMERS = {
         Consumer("decoder", frozenset({"slot_mapping", "logits_indices", "rope_tables"})),
     )
 }
+"""The consumers that the library knows, by name."""
 
 
 def resolve_consumers(consumers: str | Consumer | tuple[str | Consumer, ...]) -> tuple[Consumer, ...]:

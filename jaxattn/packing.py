@@ -36,7 +36,7 @@ def pack_first_fit_decreasing(lengths: Sequence[int] | np.ndarray, bucket: Bucke
         bucket: What a pack has to fit.
 
     Returns:
-        The packs: each an array of places in `lengths`, in order of falling length. Every document stands
+        The packs, each an array of places in `lengths`, in order of falling length. Every document stands
         in exactly one.
 
     Raises:

@@ -26,7 +26,7 @@ def write_manifest(path: str | os.PathLike[str]) -> Path:
         path: The folder of the checkpoint. A manifest that is there is replaced.
 
     Returns:
-        The manifest: `jaxattn-manifest.json` in that folder.
+        The manifest, `jaxattn-manifest.json` in that folder.
 
     Raises:
         CheckpointError: If there is no such folder, or no file in it.
