@@ -33,6 +33,8 @@ def add_buckets_options(parser: argparse.ArgumentParser) -> None:
     add("--max-compiles", type=int, metavar="N", default=16, help="most programs; default: %(default)s")
     add("--limits", type=_limits, metavar="TOKENS/SEQS/PAGES",
         help="the largest batch that can come; default: none larger than those of the trace")  # fmt: skip
+    add("--headroom", type=float, metavar="PART", default=0.0,
+        help="batches may soon be larger by this part, such as 0.25, than any of the trace")  # fmt: skip
     add("--out", type=Path, metavar="FILE.json", help="write the plan, for BucketPlan.load")
     add("--plot", type=Path, metavar="FILE.png", help="draw costs by the number of programs")
     add("--json", action="store_true", help="print one JSON object")
@@ -53,7 +55,7 @@ def run_buckets(options: argparse.Namespace) -> None:
         trace = read_trace(options.trace)
     except OSError as error:
         raise ValueError(f"{options.trace} cannot be read: {error.strerror or error}") from None
-    found = _compare(trace, options.max_compiles, options.limits)
+    found = _compare(trace, options.max_compiles, options.limits, options.headroom)
     if options.out is not None:
         found.plan.save(options.out)
     if options.plot is not None:
@@ -98,8 +100,8 @@ class _Comparison:
         }
 
 
-def _compare(trace: Trace, max_compiles: int, limits: Bucket | None) -> _Comparison:
-    plans = plan_curve(trace, max_compiles, limits=limits)
+def _compare(trace: Trace, max_compiles: int, limits: Bucket | None, headroom: float) -> _Comparison:
+    plans = plan_curve(trace, max_compiles, limits=limits, headroom=headroom)
     curves = {PLAN: plans} | {
         name: grid_curve(sizes, trace, max_compiles, limits=limits) for name, sizes in FIXED_GRIDS.items()
     }

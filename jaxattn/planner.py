@@ -40,6 +40,10 @@ CANDIDATES = 64
 """Sizes per axis that are considered where batches have tokens and pages."""
 
 
+_LARGER = 0.01
+"""Larger batches that are planned for where there is headroom, to one batch of the trace."""
+
+
 class Fit(NamedTuple):
     """How well buckets suit a trace.
 
@@ -60,6 +64,7 @@ def plan_buckets(
     *,
     cost: Cost = DEFAULT_COST,
     limits: Bucket | None = None,
+    headroom: float = 0.0,
     candidates: int = CANDIDATES,
 ) -> BucketPlan:
     """The buckets that cost a trace least, exactly, among those that the module describes.
@@ -72,6 +77,9 @@ def plan_buckets(
         limits: The largest batch that can come, if the trace has none as large: some bucket holds it, and
             costs nothing as long as nothing comes. Without it, a batch with more tokens, sequences or pages
             than any of the trace may fit nowhere.
+        headroom: How much larger than any of the trace batches may soon be: 0.25 for a quarter. The plan is
+            then made as if there were, to a hundred batches, another one with so many more tokens and pages
+            than any of its kind; without it, what is a little larger has only the bucket of `limits`.
         candidates: Sizes per axis to choose from where batches have tokens and pages; more are finer, and
             take longer.
 
@@ -81,7 +89,8 @@ def plan_buckets(
     Raises:
         ValueError: If the trace is empty, an argument is not positive, or a cost is negative or not finite.
     """
-    return plan_curve(trace, max_compiles, cost=cost, limits=limits, candidates=candidates)[-1]
+    options: dict[str, Any] = {"cost": cost, "limits": limits, "headroom": headroom, "candidates": candidates}
+    return plan_curve(trace, max_compiles, **options)[-1]
 
 
 def plan_curve(
@@ -90,6 +99,7 @@ def plan_curve(
     *,
     cost: Cost = DEFAULT_COST,
     limits: Bucket | None = None,
+    headroom: float = 0.0,
     candidates: int = CANDIDATES,
 ) -> list[BucketPlan]:
     """The plans of `plan_buckets` for 1, 2, … up to `max_compiles` programs, in the time of the last one.
@@ -101,6 +111,7 @@ def plan_curve(
         max_compiles: The most programs of the last plan.
         cost: Of a step in a bucket.
         limits: The largest batch that can come.
+        headroom: How much larger batches may soon be.
         candidates: Sizes per axis to choose from.
 
     Raises:
@@ -109,7 +120,11 @@ def plan_curve(
     for name, value in (("max_compiles", max_compiles), ("candidates", candidates)):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    if not 0 <= headroom < np.inf:
+        raise ValueError(f"headroom={headroom} must be finite, and not negative; 0.25 is a quarter more")
     batches = _Batches.of(trace, limits)
+    if headroom:
+        batches = batches.with_larger(1 + headroom, limits)
     searches = [_search_together(batches, max_compiles, cost, candidates)]
     if batches.is_decode.any() and not batches.is_decode.all():
         searches.append(_search_apart(batches, max_compiles, cost, candidates))
@@ -247,6 +262,28 @@ class _Batches:
             kinds = np.concatenate([kinds, [[limits.tokens, limits.pages, limits.max_q_len == 1]]])
             weights, max_seqs = np.append(weights, 0), max(max_seqs, limits.seqs)
         return cls(kinds[:, 0], kinds[:, 1], kinds[:, 2] == 1, weights.astype(np.float64), max_seqs)
+
+    def with_larger(self, factor: float, limits: Bucket | None) -> _Batches:
+        """The same, and of each kind some that are larger than all others, but within the limits."""
+        most = (np.inf,) * 3 if limits is None else (limits.tokens, limits.seqs, limits.pages)
+
+        def larger(value: int, limit: int | float) -> int:
+            return int(max(min(np.ceil(value * factor), limit), value))
+
+        added = []
+        for kind in sorted(set(self.is_decode[self.weights > 0].tolist())):
+            mine = (self.is_decode == kind) & (self.weights > 0)
+            tokens = larger(int(self.tokens[mine].max()), most[1] if kind else most[0])
+            pages = larger(int(self.pages[mine].max()), most[2])
+            added.append((tokens, pages, kind, self.weights[mine].sum() * _LARGER))
+        tokens, pages, is_decode, weights = zip(*added, strict=True)
+        return _Batches(
+            np.append(self.tokens, tokens),
+            np.append(self.pages, pages),
+            np.append(self.is_decode, is_decode),
+            np.append(self.weights, weights),
+            larger(self.max_seqs, most[1]),
+        )
 
     def cost_in(self, plan: BucketPlan, cost: Cost) -> float:
         """Of all batches, each in the first bucket that holds it."""

@@ -68,6 +68,7 @@ def test_json(trace, capsys):
         (["none"], "none cannot be read: No such file"),
         (["bad"], "bad:1: not JSON: "),
         (["good", "--max-compiles", "0"], "max_compiles=0 must be an integer of at least 1"),
+        (["good", "--headroom", "-1"], "headroom=-1.0 must be finite, and not negative"),
         (["good", "--out", "."], "--out . is a folder; name a file in it"),
         (["good", "--plot", "no/x.png"], "--plot no/x.png: the folder no does not exist; create it"),
     ],

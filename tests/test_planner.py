@@ -127,6 +127,19 @@ def test_a_bucket_for_the_largest_batch_costs_nothing_by_itself():
     assert plan_buckets(trace, 1, limits=Bucket(4096, 32)).buckets == (Bucket(4096, 32),)
 
 
+@pytest.mark.parametrize("limits", [None, Bucket(70, 5, 900), Bucket(4096, 32, 900)])
+def test_headroom(limits):
+    """Batches that are a quarter larger than any have a bucket that is not that of the largest."""
+    trace = Trace.of([(4, 4, 10, 1)] * 100 + [(64, 4, 20, 61)] * 100)
+    plan = plan_buckets(trace, 4, limits=limits, headroom=0.25)
+    most = (80, 5) if limits is None else (min(80, limits.tokens), 5)
+    for batch in trace:
+        assert plan.pick(**batch._asdict()).tokens <= 5 if batch.tokens == 4 else 80
+    assert plan.pick(tokens=most[0], seqs=4, pages=25).pages == 25
+    assert plan.pick(tokens=most[1], seqs=most[1], pages=13, max_q_len=1).tokens == 5
+    assert len(plan_buckets(trace, 4, limits=limits).buckets) <= 4
+
+
 def test_decode_steps_have_buckets_of_their_own_where_that_is_cheaper():
     trace = Trace.of([(4, 4, 0, 1)] * 100 + [(64, 4, 0, 61)])
     cheaper = plan_buckets(trace, 2, cost=LinearCost(per_long_step=1.0))
@@ -169,6 +182,7 @@ def test_few_candidates_still_hold_everything():
     ("options", "message"),
     [
         ({"max_compiles": 0}, "max_compiles=0 must be an integer of at least 1"),
+        ({"headroom": -0.5}, "headroom=-0.5 must be finite, and not negative"),
         ({"candidates": 0}, "candidates=0 must be an integer"),
         (
             {"cost": lambda bucket: -1.0},
