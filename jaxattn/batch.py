@@ -19,8 +19,9 @@ import numpy as np
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Int32
 
-from jaxattn.buckets import Bucket, BucketGrid
+from jaxattn.buckets import Bucket, BucketGrid, Buckets
 from jaxattn.cards import batch_card
+from jaxattn.trace import BatchLog
 
 INT32_MAX = int(np.iinfo(np.int32).max)
 INT64_MAX = int(np.iinfo(np.int64).max)
@@ -166,9 +167,10 @@ def nest_sequences(
     state_slots: Any = None,
     prefix_lm_lens: Any = None,
     share_prefixes: bool = False,
-    bucket: Bucket | BucketGrid = DEFAULT_GRID,
+    bucket: Bucket | Buckets = DEFAULT_GRID,
     validate: bool = True,
     transfer: bool = True,
+    log: BatchLog | None = None,
 ) -> RaggedBatch:
     """Nest sequences of different lengths into one packed batch on the device.
 
@@ -191,8 +193,8 @@ def nest_sequences(
             does not have goes unnoticed: its keys are dropped when written.
         vocab_size: Number of token ids, to check the tokens against.
         is_decode: Whether each sequence decodes. It cannot be told from the lengths: the last
-            chunk of a prompt, or a prompt of one token, looks the same. Default: all in a bucket
-            with `max_q_len=1`, none in any other.
+            chunk of a prompt, or a prompt of one token, looks the same. Default: all in a bucket that is
+            given and has `max_q_len=1`, none in any other.
         state_slots: Slot of each sequence's recurrent state, for layers that keep one (state-space
             models, convolutions); default the sequence's row.
         prefix_lm_lens: How many leading tokens of each sequence all of its tokens see, also those that
@@ -201,11 +203,15 @@ def nest_sequences(
         share_prefixes: Whether a page may stand in several tables. Where it does, it must be at the
             same place in each and lie within every owner's `context_lens`: shared pages are read
             and never written.
-        bucket: The bucket to pad to, or a grid to pick the smallest fitting one from.
+        bucket: The bucket to pad to, or a grid to pick the smallest fitting one from, or a plan. A grid gives
+            buckets for queries of any length; a plan also those that it has for decode steps, where no query
+            has more than one token.
         validate: Whether to check values (token ids, contexts, pages, slots). Types, lengths and
             the fit into the bucket are always checked.
         transfer: Whether to move the buffer to the default device. False leaves it in host memory:
             cheapest where one compiled program takes the batch, and transfers it itself.
+        log: Where to write the sizes of the batch and its bucket: a trace, from which `plan_buckets` fits
+            buckets. A batch that is refused is not written.
 
     Returns:
         The batch.
@@ -245,8 +251,12 @@ def nest_sequences(
         if prefix_lm_lens is not None:
             _check_prefix_lm_lens(prefix_lm_lens, lens, contexts)
 
+    decodes: Any = is_decode
     if isinstance(bucket, BucketGrid):
         bucket = bucket.pick(tokens=token_ids.size, seqs=n, pages=pages.size)
+    elif not isinstance(bucket, Bucket):
+        decodes = False if is_decode is None else is_decode
+        bucket = bucket.pick(tokens=token_ids.size, seqs=n, pages=pages.size, max_q_len=longest)
     bucket.require(tokens=token_ids.size, seqs=n, pages=pages.size, max_q_len=longest)
 
     at = field_slices(bucket)
@@ -255,7 +265,7 @@ def nest_sequences(
     packed[at["token_ids"]][: token_ids.size] = token_ids
     _write_prefix_sums(packed[at["cu_q_lens"]], q_ends)
     packed[at["kv_lens"]][:n] = kv_lens
-    packed[at["is_decode"]][:n] = bucket.max_q_len == 1 if is_decode is None else is_decode
+    packed[at["is_decode"]][:n] = bucket.max_q_len == 1 if decodes is None else decodes
     slots = packed[at["state_slots"]]
     slots[:n] = _row_numbers(n) if state_slots is None else state_slots
     slots[n:] = PAD_SLOT
@@ -264,7 +274,10 @@ def nest_sequences(
     if page_size is not None:
         _write_prefix_sums(packed[at["page_indptr"]], page_ends)
         packed[at["page_list"]][: pages.size] = pages
-    buffer: Any = jnp.asarray(packed) if transfer else packed
+    # Not jnp.asarray, which compiles a program for every new size.
+    buffer: Any = jax.device_put(packed) if transfer else packed
+    if log is not None:
+        log.write(tokens=token_ids.size, seqs=n, pages=pages.size, max_q_len=longest, bucket=bucket)
     return RaggedBatch(packed=buffer, bucket=bucket, page_size=page_size)
 
 

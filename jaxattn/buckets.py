@@ -1,12 +1,16 @@
-"""Static shapes: a batch is padded to the smallest bucket of a grid that holds it."""
+"""Static shapes: a batch is padded to the smallest bucket of a grid, or of a plan, that holds it."""
 
 from __future__ import annotations
 
 import bisect
+import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
 
-from jaxattn.cards import bucket_card, grid_card
+from jaxattn.cards import bucket_card, grid_card, plan_card
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -119,17 +123,19 @@ class BucketGrid:
         if self.max_seqs < 1:
             raise ValueError(f"max_seqs={self.max_seqs} must be at least 1")
 
-    def holds(self, *, tokens: int, seqs: int, pages: int = 0) -> bool:
+    def holds(self, *, tokens: int, seqs: int, pages: int = 0, max_q_len: int = 0) -> bool:
         """Whether a bucket is large enough for a batch; arguments as of `pick`."""
         return max(tokens, seqs) <= self.tokens[-1] and seqs <= self.max_seqs and pages <= self.pages[-1]
 
-    def pick(self, *, tokens: int, seqs: int, pages: int = 0) -> Bucket:
+    def pick(self, *, tokens: int, seqs: int, pages: int = 0, max_q_len: int = 0) -> Bucket:
         """The smallest bucket that holds a batch.
 
         Args:
             tokens: Query tokens of the batch.
             seqs: Its sequences.
             pages: Its page list's length; 0 where keys are not paged.
+            max_q_len: Its longest query, in tokens, or 0 if that is to make no difference; 1 gives a decode
+                bucket.
 
         Raises:
             ValueError: If no bucket of the grid is large enough, naming the limit and the value.
@@ -141,10 +147,108 @@ class BucketGrid:
         # Every sequence has a token, so `seqs <= tokens` and the derived axis is wide enough.
         t = _round_up("tokens", max(tokens, seqs), self.tokens)
         p = _round_up("pages", pages, self.pages) if pages else 0
-        return Bucket(tokens=t, seqs=min(t, self.max_seqs), pages=p)
+        bucket = Bucket(tokens=t, seqs=min(t, self.max_seqs), pages=p)
+        return bucket.decode() if max_q_len == 1 else bucket
 
     def _repr_html_(self) -> str:
         return grid_card(self)
+
+
+@dataclass(frozen=True, slots=True)
+class BucketPlan:
+    """Buckets chosen one by one, such as `plan_buckets` fits to a trace. Used like a `BucketGrid`.
+
+    Attributes:
+        buckets: In the order in which they are tried, the cheapest first: a batch goes to the first that
+            holds it.
+
+    Raises:
+        ValueError: If there is none, or one stands there twice.
+    """
+
+    buckets: tuple[Bucket, ...]
+
+    def __post_init__(self) -> None:
+        if not self.buckets or len(set(self.buckets)) < len(self.buckets):
+            raise ValueError(f"buckets={self.buckets} must be one bucket at least, and no bucket twice")
+
+    def holds(self, *, tokens: int, seqs: int, pages: int = 0, max_q_len: int = 0) -> bool:
+        """Whether a bucket is large enough for a batch; arguments as of `pick`."""
+        return self._first(tokens, seqs, pages, max_q_len or tokens) is not None
+
+    def pick(self, *, tokens: int, seqs: int, pages: int = 0, max_q_len: int = 0) -> Bucket:
+        """The first bucket that holds a batch.
+
+        Args:
+            tokens: Query tokens of the batch.
+            seqs: Its sequences.
+            pages: Its page list's length; 0 where keys are not paged.
+            max_q_len: Its longest query, in tokens; 0 if it is not known, and then decode buckets are passed
+                over.
+
+        Raises:
+            ValueError: If no bucket is large enough.
+        """
+        max_q_len = max_q_len or tokens
+        bucket = self._first(tokens, seqs, pages, max_q_len)
+        if bucket is None:
+            raise ValueError(
+                f"no bucket of the plan holds {tokens=}, {seqs=}, {pages=}, {max_q_len=}; the largest is "
+                f"{max(self.buckets)}. Plan with limits= for the largest batch that can come, or split it"
+            )
+        return bucket
+
+    def _first(self, tokens: int, seqs: int, pages: int, max_q_len: int) -> Bucket | None:
+        for bucket in self.buckets:  # written out: every step comes here
+            if (
+                tokens <= bucket.tokens
+                and seqs <= bucket.seqs
+                and pages <= bucket.pages
+                and max_q_len <= bucket.max_q_len
+            ):
+                return bucket
+        return None
+
+    def _repr_html_(self) -> str:
+        return plan_card(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a JSON file, which is replaced if there is one."""
+        buckets = [dict(zip(_SIZES, astuple(bucket), strict=True)) for bucket in self.buckets]
+        lines = ",\n  ".join(map(json.dumps, buckets))
+        Path(path).write_text(f'{{"jaxattn_buckets": 1, "buckets": [\n  {lines}\n]}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BucketPlan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: If the file holds no plan, naming it and what is wrong.
+            OSError: If it cannot be read.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if found["jaxattn_buckets"] != 1:
+                raise ValueError(f"jaxattn_buckets={found['jaxattn_buckets']!r} must be 1")
+            return cls(tuple(_bucket_from_json(sizes) for sizes in found["buckets"]))
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"no key {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"{path} holds no plan of buckets: {reason}; write it by BucketPlan.save"
+            ) from None
+
+
+type Buckets = BucketGrid | BucketPlan
+"""Where batches find their buckets."""
+
+_SIZES = ("tokens", "seqs", "pages", "max_q_len")
+
+
+def _bucket_from_json(sizes: Any) -> Bucket:
+    for name in _SIZES:
+        if type(sizes[name]) is not int:
+            raise ValueError(f"{name}={sizes[name]!r} must be an integer")
+    return Bucket(**sizes)
 
 
 def _round_up(name: str, value: int, sizes: Sequence[int]) -> int:

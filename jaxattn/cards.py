@@ -76,6 +76,19 @@ def grid_card(grid: Any) -> str:
     )
 
 
+def plan_card(plan: Any) -> str:
+    """The buckets of a `BucketPlan`, in the order in which they are tried."""
+    rows = [
+        [f"{b.tokens:,}", f"{b.seqs:,}", f"{b.pages:,}", "decode" if b.max_q_len == 1 else f"{b.max_q_len:,}"]
+        for b in plan.buckets[:MAX_ROWS]
+    ]
+    return card(
+        "BucketPlan",
+        f"{_count(len(plan.buckets), 'bucket')}, the cheapest first",
+        table(("tokens", "sequences", "page list", "longest query"), rows, total=len(plan.buckets)),
+    )
+
+
 def batch_card(batch: Any, size: int) -> str:
     """What a `RaggedBatch` holds, and how full its bucket is.
 

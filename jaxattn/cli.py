@@ -1,4 +1,4 @@
-"""The command line: demo, generate, logits, inspect, info, tune.
+"""The command line: demo, generate, logits, inspect, buckets, info, tune.
 
 An error is one line on standard error and exit status 2; `--debug` shows the traceback.
 """
@@ -29,6 +29,7 @@ from jaxattn.checkpoints import Inspection, inspect
 from jaxattn.checkpoints.inspection import fold_layers
 from jaxattn.choice import describe_device
 from jaxattn.choice_table import PHASES, VARIABLE, tables
+from jaxattn.cli_buckets import add_buckets_options, run_buckets
 from jaxattn.cli_generate import add_generate_options, parse_prompt_ids, run_generate
 from jaxattn.cli_load import add_checkpoint_options, add_load_options, config_of, load
 from jaxattn.demo import run_demo
@@ -103,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     add_checkpoint_options(inspect_)
     inspect_.add_argument("--all-leaves", action="store_true", help="one line per leaf, not per kind")
     inspect_.add_argument("--json", action="store_true", help="print one JSON object")
+
+    add_buckets_options(
+        _command(commands, "buckets", run_buckets, "which buckets suit a trace, against fixed grids")
+    )
 
     info = _command(commands, "info", _info, "versions, devices, what auto chooses, and why")
     info.add_argument("--json", action="store_true", help="print one JSON object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,6 +19,7 @@ from jaxattn.models import Programs, Sampling
 from jaxattn.models.options import PromptOptions, limits_per_prompt
 from jaxattn.models.sampling import NUM_SEEDS
 from jaxattn.text import Tokenizer, load_tokenizer
+from jaxattn.trace import BatchLog
 
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")
 _KEYS = ("prompt", "prompt_ids", "max_new_tokens", "stop_token_ids", *_SAMPLING)
@@ -49,6 +51,8 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     add("--cache-dtype", choices=QUANTIZED_DTYPES, metavar="DTYPE",
         help=f"quantised cache, its scales measured on the prompts: {', '.join(QUANTIZED_DTYPES)}; "
              f"default: as the parameters")  # fmt: skip
+    add("--log-batches", type=Path, metavar="FILE",
+        help="add the sizes of each batch to this file, for `jaxattn buckets`")  # fmt: skip
     add("--stream", action="store_true", help="print new tokens as they come")
     add("--json", action="store_true", help="print one JSON object; with --stream, one per line")
 
@@ -70,18 +74,20 @@ def run_generate(options: argparse.Namespace) -> None:
     asked = _options_per_prompt(prompts, options, tokenizer)
     model = load(options, *_buckets(options, token_ids, asked))
     stream = _Stream(token_ids, tokenizer, as_json=options.json) if options.stream else None
-    tokens = generate(
-        model,
-        token_ids,
-        [one.max_new_tokens for one in asked],
-        sampling=[one.sampling for one in asked],
-        stop_token_ids=[one.stop_token_ids for one in asked],
-        on_tokens=stream,
-        num_pages=options.num_pages,
-        cache_dtype=options.cache_dtype,
-        implementation=options.implementation,
-        page_size=options.page_size,
-    )
+    with contextlib.nullcontext() if options.log_batches is None else BatchLog(options.log_batches) as log:
+        tokens = generate(
+            model,
+            token_ids,
+            [one.max_new_tokens for one in asked],
+            sampling=[one.sampling for one in asked],
+            stop_token_ids=[one.stop_token_ids for one in asked],
+            on_tokens=stream,
+            num_pages=options.num_pages,
+            cache_dtype=options.cache_dtype,
+            implementation=options.implementation,
+            page_size=options.page_size,
+            log=log,
+        )
     if stream is not None:
         stream.finish()
     else:

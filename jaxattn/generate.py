@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from jaxattn.batch import DEFAULT_GRID, RaggedBatch, flatten_rows, nest_sequences
-from jaxattn.buckets import Bucket, BucketGrid, quarter_steps
+from jaxattn.buckets import Bucket, Buckets, quarter_steps
 from jaxattn.cache import DEFAULT_PAGE_SIZE, PagePool, is_quantized
-from jaxattn.models import Model, Programs, Sampling, check_cache_dtype, check_kv_scales, init_cache
+from jaxattn.models import Model, Programs, Sampling, check_cache_dtype, check_kv_scales
 from jaxattn.models.options import (
     Limits,
     OnTokens,
@@ -26,6 +26,7 @@ from jaxattn.models.sampling import GREEDY
 from jaxattn.models.steps import Decoding
 from jaxattn.score import calibrate_kv_scales
 from jaxattn.serve import MAX_SEQS, serve
+from jaxattn.trace import BatchLog
 from jaxattn_kernels.arrays import KVScales
 
 STREAM_EVERY = 8
@@ -65,7 +66,7 @@ def plan_generation(
     num_stop_tokens: int = 0,
     num_pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
-    grid: BucketGrid = DEFAULT_GRID,
+    grid: Buckets = DEFAULT_GRID,
 ) -> GenerationPlan:
     """The sizes that prompts of these lengths will be run in, all of them in one batch.
 
@@ -109,7 +110,7 @@ def fits_one_batch(
     *,
     num_pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
-    grid: BucketGrid = DEFAULT_GRID,
+    grid: Buckets = DEFAULT_GRID,
 ) -> bool:
     """Whether `generate` runs prompts of these lengths in one batch, or in continuous batches.
 
@@ -141,7 +142,7 @@ def compile_generation(
     cache_dtype: jax.typing.DTypeLike | None = None,
     implementation: str = "auto",
 ) -> tuple[Callable, Callable]:
-    """The prefill and decode programs of a plan; compiled now if they were not before.
+    """The prefill and decode programs of a plan, and that of its cache; compiled now if they were not before.
 
     No weights are needed: a call of this may be one of the `buckets` of `load_model`, and runs while they
     are being read. Limits, stop tokens and how to draw are arguments of the programs.
@@ -153,9 +154,13 @@ def compile_generation(
         cache_dtype: As of `generate`.
         implementation: Of the attention.
 
+    Returns:
+        Prefill and decode.
+
     Raises:
         ValueError: If no cache can have this dtype.
     """
+    programs.empty_cache(num_pages=plan.num_pages, page_size=plan.page_size, cache_dtype=cache_dtype)
     shared: dict[str, Any] = {
         "page_size": plan.page_size,
         "num_pages": plan.num_pages,
@@ -183,7 +188,8 @@ def generate(
     kv_scales: KVScales | None = None,
     implementation: str = "auto",
     page_size: int = DEFAULT_PAGE_SIZE,
-    grid: BucketGrid = DEFAULT_GRID,
+    grid: Buckets = DEFAULT_GRID,
+    log: BatchLog | None = None,
 ) -> list[list[int]]:
     """Continue every prompt.
 
@@ -211,7 +217,9 @@ def generate(
             these prompts, so that the tokens of each depend a little on the others.
         implementation: Of the attention; see `jaxattn.attention`.
         page_size: Tokens per page of the cache.
-        grid: The buckets of one batch.
+        grid: The buckets of one batch: a grid, or a plan of `plan_buckets`.
+        log: Where to write the sizes of batches, for `plan_buckets`: every step of continuous batches. Of one
+            batch it is the prefill alone, since its decode steps never come back to the host.
 
     Returns:
         The new tokens of each prompt, in the order of the prompts; `max_new_tokens` of them, or
@@ -246,10 +254,11 @@ def generate(
             cache_dtype=cache_dtype,
             kv_scales=kv_scales,
             implementation=implementation,
+            log=log,
         )
     num_stop_tokens = max((len(asked.stop_token_ids) for asked in options), default=0)
     plan = plan_generation(lens, max_new_tokens, num_stop_tokens=num_stop_tokens, grid=grid, **sizes)
-    batch = _nest_with_room(token_ids, lens, options, plan, model.config.vocab_size)
+    batch = _nest_with_room(token_ids, lens, options, plan, model.config.vocab_size, log)
     prefill, decode = compile_generation(
         model.programs,
         plan,
@@ -259,13 +268,8 @@ def generate(
     )
     if kv_scales is None and is_quantized(cache_dtype):
         kv_scales = calibrate_kv_scales(model, prompts, cache_dtype, implementation=implementation, grid=grid)
-    cache = init_cache(
-        model.config,
-        num_pages=plan.num_pages,
-        page_size=page_size,
-        dtype=cache_dtype,
-        kv_scales=kv_scales,
-        stack_layers=model.programs.stack_layers,
+    cache = model.empty_cache(
+        num_pages=plan.num_pages, page_size=page_size, cache_dtype=cache_dtype, kv_scales=kv_scales
     )
     rows = RowOptions.of(
         options,
@@ -289,6 +293,7 @@ def _nest_with_room(
     options: Sequence[PromptOptions],
     plan: GenerationPlan,
     vocab_size: int,
+    log: BatchLog | None,
 ) -> RaggedBatch:
     """The batch of all prompts, with pages for all their new tokens."""
     pool = PagePool(plan.num_pages, plan.page_size)
@@ -301,6 +306,8 @@ def _nest_with_room(
         num_pages=plan.num_pages,
         vocab_size=vocab_size,
         bucket=plan.bucket,
+        transfer=False,
+        log=log,
     )
 
 

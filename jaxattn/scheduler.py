@@ -32,9 +32,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from jaxattn.batch import DEFAULT_GRID, INT32_MAX, RaggedBatch, nest_sequences
-from jaxattn.buckets import Bucket, BucketGrid
+from jaxattn.buckets import Bucket, Buckets
 from jaxattn.cache import PagePool
 from jaxattn.prefix import PrefixCache, PrefixNode
+from jaxattn.trace import BatchLog
 
 
 @no_type_check  # checking the shapes of each instance takes longer in tests than all else
@@ -79,10 +80,11 @@ class ScheduledStep:
     def nest(
         self,
         *,
-        bucket: Bucket | BucketGrid = DEFAULT_GRID,
+        bucket: Bucket | Buckets = DEFAULT_GRID,
         vocab_size: int | None = None,
         validate: bool = True,
         transfer: bool = True,
+        log: BatchLog | None = None,
     ) -> RaggedBatch:
         """The batch of this step.
 
@@ -91,6 +93,7 @@ class ScheduledStep:
             vocab_size: Number of token ids, to check the tokens against.
             validate: Whether to check values.
             transfer: Whether to move the batch to the device.
+            log: Where to write its sizes.
 
         Raises:
             ValueError: If the batch does not fit the bucket, or a token the vocabulary.
@@ -110,6 +113,7 @@ class ScheduledStep:
             bucket=bucket,
             validate=validate,
             transfer=transfer,
+            log=log,
         )
 
 

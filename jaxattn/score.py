@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.batch import DEFAULT_GRID, RaggedBatch, nest_sequences
-from jaxattn.buckets import BucketGrid
+from jaxattn.buckets import Buckets
 from jaxattn.cache import QUANTIZED_DTYPES, is_quantized
 from jaxattn.models import Model, check_cache_dtype, check_kv_scales
 from jaxattn_kernels.arrays import KVScales
@@ -22,7 +22,7 @@ def compute_logits(
     prompts: Sequence[Any],
     *,
     implementation: str = "auto",
-    grid: BucketGrid = DEFAULT_GRID,
+    grid: Buckets = DEFAULT_GRID,
 ) -> list[np.ndarray]:
     """Logits of every token of every prompt, in one ragged batch without padding between them.
 
@@ -38,7 +38,7 @@ def compute_logits(
     Raises:
         ValueError: If the prompts are empty, hold an id outside the vocabulary, or fit no bucket.
     """
-    batch = nest_sequences(prompts, vocab_size=model.config.vocab_size, bucket=grid)
+    batch = nest_sequences(prompts, vocab_size=model.config.vocab_size, bucket=grid, transfer=False)
     logits = model.programs.score(batch.bucket, implementation=implementation)(model.params, batch)
     ends = np.cumsum([len(prompt) for prompt in prompts])
     return np.split(np.asarray(logits)[: ends[-1]], ends[:-1])
@@ -50,7 +50,7 @@ def calibrate_kv_scales(
     cache_dtype: jax.typing.DTypeLike,
     *,
     implementation: str = "auto",
-    grid: BucketGrid = DEFAULT_GRID,
+    grid: Buckets = DEFAULT_GRID,
 ) -> KVScales:
     """Scales of a quantised cache, measured on prompts by a prefill that nothing quantises.
 
@@ -93,12 +93,12 @@ def _larger_scales(a: KVScales, b: KVScales) -> KVScales:
     return KVScales(jnp.maximum(a.k, b.k), jnp.maximum(a.v, b.v))
 
 
-def _nest_batches(prompts: Sequence[Any], vocab_size: int, grid: BucketGrid) -> Iterator[RaggedBatch]:
+def _nest_batches(prompts: Sequence[Any], vocab_size: int, grid: Buckets) -> Iterator[RaggedBatch]:
     """The prompts in their order, each batch as long as the grid allows."""
     start, num_tokens = 0, 0
     for i, prompt in enumerate(prompts):
         if i > start and not grid.holds(tokens=num_tokens + len(prompt), seqs=i + 1 - start):
-            yield nest_sequences(prompts[start:i], vocab_size=vocab_size, bucket=grid)
+            yield nest_sequences(prompts[start:i], vocab_size=vocab_size, bucket=grid, transfer=False)
             start, num_tokens = i, 0
         num_tokens += len(prompt)
-    yield nest_sequences(prompts[start:], vocab_size=vocab_size, bucket=grid)
+    yield nest_sequences(prompts[start:], vocab_size=vocab_size, bucket=grid, transfer=False)

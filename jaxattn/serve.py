@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32
 
-from jaxattn.batch import RaggedBatch
-from jaxattn.buckets import Bucket, BucketGrid, powers_of_two
+from jaxattn.buckets import Bucket, BucketGrid, Buckets, powers_of_two
 from jaxattn.cache import DEFAULT_PAGE_SIZE, PagePool, is_quantized
-from jaxattn.models import DecoderConfig, Model, Sampling, check_cache_dtype, check_kv_scales, init_cache
-from jaxattn.models.decoder import Cache, Params
+from jaxattn.models import Model, Sampling, check_cache_dtype, check_kv_scales
 from jaxattn.models.options import Limits, OnTokens, StopTokens, options_per_prompt
-from jaxattn.models.sampling import GREEDY, SamplingArrays, sample
-from jaxattn.models.steps import step
+from jaxattn.models.sampling import GREEDY, SamplingArrays
 from jaxattn.scheduler import Finished, ScheduledStep, Scheduler
 from jaxattn.score import calibrate_kv_scales
+from jaxattn.trace import BatchLog
 from jaxattn_kernels.arrays import KVScales
 
 MAX_SEQS = 32
@@ -43,8 +39,10 @@ class Server:
         cache_dtype: Element type of the cache, as of `generate`.
         kv_scales: Of a quantised cache, its scales, such as `calibrate_kv_scales` measures.
         implementation: Of the attention; see `jaxattn.attention`.
-        grid: The buckets to choose from, one program each; default powers of two up to the largest
-            step there can be.
+        grid: The buckets to choose from, one program each: a grid, or a plan of `plan_buckets`; default
+            powers of two up to the largest step there can be (`largest_step`). Programs compile when they are
+            first needed, or before by `warmup`.
+        log: Where to write the sizes of every step, for `plan_buckets`.
 
     Attributes:
         scheduler: Which requests wait and run, and what was done so far.
@@ -67,7 +65,8 @@ class Server:
         cache_dtype: jax.typing.DTypeLike | None = None,
         kv_scales: KVScales | None = None,
         implementation: str = "auto",
-        grid: BucketGrid | None = None,
+        grid: Buckets | None = None,
+        log: BatchLog | None = None,
     ) -> None:
         self.scheduler = Scheduler(
             PagePool(num_pages, page_size),
@@ -77,14 +76,14 @@ class Server:
             share_prefixes=share_prefixes,
             vocab_size=model.config.vocab_size,
         )
-        num_seqs = min(max_seqs, token_budget)
-        # A shared page is listed once per row.
-        num_listed = num_pages * (num_seqs if share_prefixes else 1)
-        self._grid = _default_grid(token_budget, num_seqs, num_listed) if grid is None else grid
-        self._grid.pick(tokens=token_budget, seqs=num_seqs, pages=num_listed)
+        largest = largest_step(
+            num_pages=num_pages, token_budget=token_budget, max_seqs=max_seqs, share_prefixes=share_prefixes
+        )
+        self._grid = _default_grid(largest) if grid is None else grid
+        self._grid.pick(tokens=largest.tokens, seqs=largest.seqs, pages=largest.pages)
         self._model = model
+        self._log = log
         self._sampling: dict[int, Sampling] = {}
-        self._implementation = implementation
         cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
         check_kv_scales(kv_scales, model.config, cache_dtype)
         if kv_scales is None and is_quantized(cache_dtype):
@@ -92,14 +91,10 @@ class Server:
                 f"kv_scales was not given, and cache_dtype={cache_dtype.name} needs it; measure it with "
                 f"calibrate_kv_scales on prompts such as will be served"
             )
-        self._cache = init_cache(
-            model.config,
-            num_pages=num_pages,
-            page_size=page_size,
-            dtype=cache_dtype,
-            kv_scales=kv_scales,
-            stack_layers=model.programs.stack_layers,
-        )
+        sizes: dict[str, Any] = {"num_pages": num_pages, "page_size": page_size, "cache_dtype": cache_dtype}
+        self._cache = model.empty_cache(kv_scales=kv_scales, **sizes)
+        self._compile_options = {**sizes, "implementation": implementation}
+        self._programs: dict[Bucket, Callable] = {}
 
     @property
     def has_work(self) -> bool:
@@ -162,16 +157,14 @@ class Server:
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return []
-        batch = scheduled.nest(bucket=self._bucket(scheduled), transfer=False)
+        batch = scheduled.nest(bucket=self._bucket(scheduled), transfer=False, log=self._log)
         rows = list(zip(scheduled.request_ids, scheduled.samples.tolist(), strict=True))
         sampling = [self._sampling[request_id] if samples else GREEDY for request_id, samples in rows]
-        token_ids, self._cache = _choose_tokens(
+        token_ids, self._cache = self._program(batch.bucket)(
             self._model.params,
             self._cache,
             batch,
             SamplingArrays.of(sampling, batch.bucket.seqs, self._model.config.vocab_size),
-            config=self._model.config,
-            implementation=self._implementation,
         )
         new_ids = np.asarray(token_ids)[: scheduled.num_rows]
         finished = self.scheduler.commit(scheduled, new_ids)
@@ -198,10 +191,27 @@ class Server:
         return results
 
     def _bucket(self, scheduled: ScheduledStep) -> Bucket:
-        bucket = self._grid.pick(
-            tokens=scheduled.token_ids.size, seqs=scheduled.num_rows, pages=scheduled.page_tables.size
+        return self._grid.pick(
+            tokens=scheduled.token_ids.size,
+            seqs=scheduled.num_rows,
+            pages=scheduled.page_tables.size,
+            max_q_len=int(scheduled.q_lens.max()),
         )
-        return bucket.decode() if scheduled.q_lens.max() == 1 else bucket
+
+    def _program(self, bucket: Bucket) -> Callable:
+        """The step's program; kept here as well, since to ask for it takes as long as a small step."""
+        if bucket not in self._programs:
+            self._programs[bucket] = self._model.programs.choose_tokens(bucket, **self._compile_options)
+        return self._programs[bucket]
+
+
+def largest_step(
+    *, num_pages: int, token_budget: int = 256, max_seqs: int = MAX_SEQS, share_prefixes: bool = True
+) -> Bucket:
+    """The bucket that holds every step that a `Server` with these arguments can take: limits of a plan."""
+    num_seqs = min(max_seqs, token_budget)
+    # A shared page is listed once per row.
+    return Bucket(token_budget, num_seqs, num_pages * (num_seqs if share_prefixes else 1))
 
 
 def serve(
@@ -259,26 +269,10 @@ def serve(
     return [results[i] for i in range(len(prompts))]
 
 
-def _default_grid(tokens: int, seqs: int, pages: int) -> BucketGrid:
+def _default_grid(largest: Bucket) -> BucketGrid:
+    tokens, pages = largest.tokens, largest.pages
     return BucketGrid(
         tokens=powers_of_two(min(16, tokens), tokens),
         pages=powers_of_two(min(16, pages), pages) if pages else (1,),
-        max_seqs=seqs,
+        max_seqs=largest.seqs,
     )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
-def _choose_tokens(
-    params: Params,
-    cache: Cache,
-    batch: RaggedBatch,
-    sampling: SamplingArrays,
-    *,
-    config: DecoderConfig,
-    implementation: str,
-) -> tuple[Int32[Array, " R"], Cache]:
-    """One step over a paged batch: the next token of each row, and the cache."""
-    logits, cache = step(
-        params, cache, batch, config=config, num_rows=batch.bucket.seqs, implementation=implementation
-    )
-    return sample(logits, batch.kv_lens, sampling), cache

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxattn import Bucket, BucketGrid, powers_of_two, quarter_steps
+from jaxattn import Bucket, BucketGrid, BucketPlan, powers_of_two, quarter_steps
 
 
 def test_quarter_steps():
@@ -78,3 +78,67 @@ def test_a_grid_holds_what_it_has_a_bucket_for():
             with pytest.raises(ValueError, match="exceeds the grid's"):
                 grid.pick(tokens=tokens, seqs=seqs, pages=pages)
         assert fits == (tokens <= 32 and seqs <= 20 and pages <= 8)
+
+
+def test_a_grid_has_decode_buckets_for_who_asks():
+    grid = BucketGrid(tokens=(16, 32), pages=(4,), max_seqs=20)
+    assert grid.pick(tokens=17, seqs=17, pages=3, max_q_len=1) == Bucket(20, 20, 4, max_q_len=1)
+    assert grid.pick(tokens=17, seqs=17, pages=3, max_q_len=2) == grid.pick(tokens=17, seqs=17, pages=3)
+
+
+PLAN = BucketPlan((Bucket(4, 4, 8, max_q_len=1), Bucket(8, 4, 8), Bucket(32, 4, 8), Bucket(16, 4, 64)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number"),
+    [
+        ({"tokens": 4, "seqs": 4, "pages": 8, "max_q_len": 1}, 0),
+        ({"tokens": 4, "seqs": 4, "pages": 8}, 1),
+        ({"tokens": 8, "seqs": 4}, 1),
+        ({"tokens": 8, "seqs": 4, "pages": 9, "max_q_len": 1}, 3),
+        ({"tokens": 9, "seqs": 1, "pages": 8}, 2),
+        ({"tokens": 17, "seqs": 1, "pages": 9}, None),
+        ({"tokens": 5, "seqs": 5}, None),
+    ],
+)
+def test_the_first_bucket_of_a_plan_that_holds_a_batch(sizes, number):
+    assert PLAN.holds(**sizes) == (number is not None)
+    if number is not None:
+        assert PLAN.pick(**sizes) == PLAN.buckets[number]
+        return
+    with pytest.raises(ValueError, match=r"no bucket of the plan holds tokens=.*Plan with limits= for"):
+        PLAN.pick(**sizes)
+
+
+@pytest.mark.parametrize("buckets", [(), (Bucket(4, 4), Bucket(4, 4))])
+def test_impossible_plans(buckets):
+    with pytest.raises(ValueError, match="must be one bucket at least, and no bucket twice"):
+        BucketPlan(buckets)
+
+
+def test_a_plan_in_a_file(tmp_path):
+    PLAN.save(tmp_path / "plan.json")
+    assert BucketPlan.load(tmp_path / "plan.json") == PLAN
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "holds no plan of buckets: Expecting"),
+        ("[]", "holds no plan of buckets: "),
+        ("{}", "no key 'jaxattn_buckets'"),
+        ('{"jaxattn_buckets": 2, "buckets": []}', "jaxattn_buckets=2 must be 1"),
+        ('{"jaxattn_buckets": 1, "buckets": []}', "one bucket at least"),
+        ('{"jaxattn_buckets": 1, "buckets": [3]}', "holds no plan of buckets: "),
+        ('{"jaxattn_buckets": 1, "buckets": [{"tokens": 4}]}', "no key 'seqs'"),
+        ('{"jaxattn_buckets": 1, "buckets": [{"tokens": 4.0}]}', "tokens=4.0 must be an integer"),
+        (
+            '{"jaxattn_buckets": 1, "buckets": [{"tokens": 4, "seqs": 5, "pages": 0, "max_q_len": 1}]}',
+            "seqs=5 must lie between 1 and tokens=4",
+        ),
+    ],
+)
+def test_files_that_hold_no_plan(tmp_path, text, message):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        BucketPlan.load(tmp_path / "plan.json")

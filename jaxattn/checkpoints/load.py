@@ -18,8 +18,8 @@ from jaxattn.checkpoints.mapping import HEAD, Plan
 from jaxattn.checkpoints.opening import Checkpoint, open_checkpoint
 from jaxattn.checkpoints.report import HostMemory, LoadReport, reading_bar
 from jaxattn.checkpoints.user_tables import Table
+from jaxattn.compiles import compile_cache, count_compiles
 from jaxattn.models import DecoderConfig, Model, Programs
-from jaxattn.models.compile_cache import compile_cache, count_cache
 from jaxattn.models.decoder import Params
 
 COMPILE_MODES = ("overlap", "lazy", "none")
@@ -132,7 +132,7 @@ def load_model(
         raise ValueError(f"unknown compile={compile!r}; use one of {', '.join(map(repr, COMPILE_MODES))}")
     started, memory = time.perf_counter(), HostMemory()
     cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
-    with compile_cache(cache_dir), count_cache() as cache:
+    with compile_cache(cache_dir), count_compiles() as compiled:
         checkpoint = open_checkpoint(
             path, config, dtype=dtype, table=table, mesh=mesh, stack_layers=stack_layers, verify=verify
         )
@@ -162,8 +162,8 @@ def load_model(
         num_params=sum(leaf.size for leaf in leaves),
         peak_host_bytes=memory.extra(),
         programs=programs.names,
-        cache_hits=cache.hits,
-        cache_misses=cache.misses,
+        cache_hits=compiled.cache_hits,
+        cache_misses=compiled.cache_misses,
     )
     return LoadedModel(config, params, programs, report)
 

@@ -1,4 +1,4 @@
-"""The compiled programs of a decoder: `score`, `calibrate`, `prefill` and `decode` of `steps.py`.
+"""The compiled programs of a decoder: functions of `steps.py`.
 
 Each is compiled once per bucket, ahead of time, from `abstract_params` alone: no weights are needed, so
 compilation can run while a checkpoint is still being read.
@@ -6,6 +6,7 @@ compilation can run while a checkpoint is still being read.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -13,16 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxattn.batch import abstract_batch
 from jaxattn.buckets import Bucket
 from jaxattn.cache import is_quantized
+from jaxattn.compiles import compile_cache
 from jaxattn.models import steps
-from jaxattn.models.compile_cache import compile_cache
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import Params, abstract_params, check_cache_dtype, init_cache, replicated
+from jaxattn.models.decoder import Cache, Params, abstract_params, check_cache_dtype, init_cache, replicated
 from jaxattn.models.options import RowOptions
+from jaxattn.models.sampling import SamplingArrays
 from jaxattn.models.stacked import is_stacked
 from jaxattn_kernels.arrays import KVScales
 
@@ -125,6 +128,42 @@ class Programs:
             implementation=implementation,
         )
 
+    def choose_tokens(
+        self,
+        bucket: Bucket,
+        *,
+        page_size: int,
+        num_pages: int,
+        cache_dtype: jax.typing.DTypeLike | None = None,
+        implementation: str = "auto",
+    ) -> Callable:
+        """The program `(params, cache, batch, sampling) -> (token_ids, cache)` of `steps.choose_tokens`."""
+        return self._compile(
+            steps.choose_tokens,
+            self._params(),
+            self._cache(num_pages, page_size, cache_dtype),
+            abstract_batch(bucket, page_size),
+            SamplingArrays.of((), bucket.seqs, self.config.vocab_size),
+            implementation=implementation,
+        )
+
+    def empty_cache(
+        self, *, page_size: int, num_pages: int, cache_dtype: jax.typing.DTypeLike | None = None
+    ) -> Callable:
+        """The program `(kv_scales) -> cache` of `steps.empty_cache`.
+
+        Scales are float32, or None for a cache that is not quantised.
+        """
+        dtype = check_cache_dtype(cache_dtype, self.dtype)
+        return self._compile(
+            steps.empty_cache,
+            self._scales() if is_quantized(dtype) else None,
+            num_pages=num_pages,
+            page_size=page_size,
+            cache_dtype=dtype.name,
+            stack_layers=self.stack_layers,
+        )
+
     def _compile(self, function: Callable, *abstract_args: Any, **static: Any) -> jax.stages.Compiled:
         """The program of a function for arguments of these shapes; a cache among them is donated."""
         leaves, tree = jax.tree.flatten(abstract_args)
@@ -140,7 +179,7 @@ class Programs:
         jitted = jax.jit(
             function,
             static_argnames=("config", *static),
-            donate_argnames="cache" if function in (steps.prefill, steps.decode) else None,
+            donate_argnames="cache" if "cache" in inspect.signature(function).parameters else None,
             out_shardings=None if self.mesh is None else replicated(self.mesh),
         )
         with compile_cache(self.cache_dir):
@@ -162,16 +201,19 @@ class Programs:
             (), num_rows=num_rows, max_stop_tokens=max_stop_tokens, vocab_size=self.config.vocab_size
         )
 
+    def _scales(self) -> KVScales:
+        ones: Any = np.ones((self.config.num_layers, self.config.num_kv_heads), np.float32)
+        return KVScales(ones, ones)
+
     def _cache(self, num_pages: int, page_size: int, cache_dtype: jax.typing.DTypeLike | None) -> Any:
         dtype = check_cache_dtype(cache_dtype, self.dtype)
-        ones = jnp.ones((self.config.num_layers, self.config.num_kv_heads))
         return jax.eval_shape(
             lambda: init_cache(
                 self.config,
                 num_pages=num_pages,
                 page_size=page_size,
                 dtype=dtype,
-                kv_scales=KVScales(ones, ones) if is_quantized(dtype) else None,
+                kv_scales=self._scales() if is_quantized(dtype) else None,
                 stack_layers=self.stack_layers,
             )
         )
@@ -201,3 +243,25 @@ class Model:
         )
         programs = Programs(config, embed.dtype, mesh, stack_layers=is_stacked(params))
         return Model(config, params, programs)
+
+    def empty_cache(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        cache_dtype: jax.typing.DTypeLike | None = None,
+        kv_scales: KVScales | None = None,
+    ) -> Cache:
+        """A cache for this model, without keys, by a program that is compiled once.
+
+        Args:
+            num_pages: Physical pages.
+            page_size: Tokens per page.
+            cache_dtype: Element type; None for that of the parameters.
+            kv_scales: Of a quantised cache, and of no other, its scales `[L, K]`.
+
+        Raises:
+            ValueError: As of `init_cache`.
+        """
+        program = self.programs.empty_cache(num_pages=num_pages, page_size=page_size, cache_dtype=cache_dtype)
+        return program(jax.tree.map(lambda scale: np.asarray(scale, np.float32), kv_scales))

@@ -1,4 +1,4 @@
-"""What runs on the device, as pure functions: score a batch, prefill prompts, decode in a loop."""
+"""What runs on the device, as pure functions: score, prefill, decode in a loop, take a server's step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from jaxattn.batch import RaggedBatch, advance
 from jaxattn.cache import quantization_scale
 from jaxattn.metadata import prepare_metadata
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import Cache, Params, forward, unembed
+from jaxattn.models.decoder import Cache, Params, forward, init_cache, unembed
 from jaxattn.models.options import RowOptions
-from jaxattn.models.sampling import sample
+from jaxattn.models.sampling import SamplingArrays, sample
 from jaxattn_kernels.arrays import KVScales
 
 
@@ -55,6 +55,42 @@ def step(
     metadata = prepare_metadata(batch, config.layer_specs())
     hidden, cache = forward(params, config, batch.token_ids, metadata, cache, implementation=implementation)
     return unembed(params, config, hidden[metadata.logits_indices[:num_rows]]), cache
+
+
+def empty_cache(
+    kv_scales: KVScales | None,
+    *,
+    config: DecoderConfig,
+    num_pages: int,
+    page_size: int,
+    cache_dtype: str,
+    stack_layers: bool,
+) -> Cache:
+    """A cache without keys; `init_cache` as one program."""
+    return init_cache(
+        config,
+        num_pages=num_pages,
+        page_size=page_size,
+        dtype=cache_dtype,
+        kv_scales=kv_scales,
+        stack_layers=stack_layers,
+    )
+
+
+def choose_tokens(
+    params: Params,
+    cache: Cache,
+    batch: RaggedBatch,
+    sampling: SamplingArrays,
+    *,
+    config: DecoderConfig,
+    implementation: str,
+) -> tuple[Int32[Array, " R"], Cache]:
+    """One step over a paged batch: the next token of each row, and the cache."""
+    logits, cache = step(
+        params, cache, batch, config=config, num_rows=batch.bucket.seqs, implementation=implementation
+    )
+    return sample(logits, batch.kv_lens, sampling), cache
 
 
 class Decoding(NamedTuple):
