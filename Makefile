@@ -31,7 +31,7 @@ test: $(VENV)/installed
 	$(PYTHON) -m pytest $(PARALLEL) $(OPTIONS)
 
 test-slow: $(VENV)/installed
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest $(PARALLEL) -m "slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest $(PARALLEL) -m "slow and not compile"
 
 # Fewer examples and cases: what the oldest version lacks shows on the first ones. What a compiled program
 # costs is counted on the newest alone, and so are, for time, files that add little to what the others ask of JAX.
@@ -45,7 +45,7 @@ test-oldest:
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile:
 	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -n auto -m compile
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -n auto -m "compile and not slow"
 
 # What the kernels of today take, for review in the diff.
 resources:

@@ -1,19 +1,17 @@
 """Strict settings for every test: no silent dtype or rank promotion."""
 
 import os
-import zlib
 
 # Each warpgroup that is simulated occupies a thread of XLA, whose pool is as large as the machine has
 # cores: with fewer threads than warpgroups, a program may wait for one that never gets a thread.
 os.environ.setdefault("NPROC", "8")
 
-from collections import defaultdict
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
-from effort import EXAMPLES, IS_QUICK, KEPT_EVERY
+from effort import EXAMPLES, IS_QUICK, KEPT_EVERY, left_out, thinning
 
 # A program is compiled for a few small runs: most of the compiler's time would go into speed that no test
 # needs. `make test-slow` compiles as users do, and so does what compiles for a GPU (compile/deviceless.py).
@@ -42,19 +40,15 @@ def forget_programs():
         jax.clear_caches()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` takes its choice
 def pytest_collection_modifyitems(config, items):
-    """A quick run takes some cases of every test, and where they are few, which one depends on its name."""
-    if not IS_QUICK:
-        return
-    cases = defaultdict(list)
-    for item in items:
-        cases[item.path, getattr(item, "originalname", item.name)].append(item)
-    dropped = set()
-    for (_, name), group in cases.items():
-        first = zlib.crc32(name.encode()) % min(KEPT_EVERY, len(group))
-        dropped |= {id(item) for i, item in enumerate(group) if i % KEPT_EVERY != first}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
-    items[:] = [item for item in items if id(item) not in dropped]
+    """Mark what an everyday run leaves out as slow, and drop what a quick one does."""
+    for item in left_out(items, thinning):
+        item.add_marker(pytest.mark.slow)
+    if IS_QUICK:
+        dropped = set(left_out([i for i in items if not i.get_closest_marker("slow")], lambda _: KEPT_EVERY))
+        config.hook.pytest_deselected(items=[*dropped])
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture

@@ -1,15 +1,44 @@
-"""How many examples a property is tried on: one place, for all tests.
+"""How much of the suite runs, and how many examples a property is tried on: one place, for all tests.
 
-`JAXATTN_EXAMPLES=25 make test` makes a quick run, which also takes a fifth of the cases of every test. The
-suite on the oldest JAX is one, since it looks for what that version lacks and not for what nobody has
-thought of.
+An everyday run takes one case in n of the tests marked `thinned(n)`, whose cases are dear and alike; those
+left out are `slow`, and `make test-slow` runs them. `JAXATTN_EXAMPLES=5 make test` makes a quick run, which
+takes a fifth of the cases of every test. The suite on the oldest JAX is one, since it looks for what that
+version lacks and not for what nobody has thought of.
 """
 
 import os
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
-EXAMPLES = int(os.environ.get("JAXATTN_EXAMPLES", "50"))
+import pytest
+
+EXAMPLES = int(os.environ.get("JAXATTN_EXAMPLES", "30"))
 THOROUGH = 5000
 """Examples of the tests marked `slow`."""
 IS_QUICK = EXAMPLES < 30
 KEPT_EVERY = 5
 """Of a test's cases every fifth is kept: no factor of two, three or four values has the same one in all."""
+
+
+def left_out(items: Iterable[pytest.Item], kept_every: Callable[[pytest.Item], int]) -> list[pytest.Item]:
+    """The cases that are left out where of each test one in so many is kept.
+
+    Which one depends on the test's name alone, so that tests with the same parameters keep different ones,
+    and every process of a run the same.
+    """
+    tests = defaultdict(list)
+    for item in items:
+        tests[item.path, getattr(item, "originalname", item.name)].append(item)
+    dropped = []
+    for (_, name), cases in tests.items():
+        n = min(kept_every(cases[0]), len(cases))
+        first = zlib.crc32(name.encode()) % n
+        dropped += [case for i, case in enumerate(cases) if i % n != first]
+    return dropped
+
+
+def thinning(item: pytest.Item) -> int:
+    """The n of a test marked `thinned(n)`; 1 of any other."""
+    marker = item.get_closest_marker("thinned")
+    return 1 if marker is None else marker.args[0]

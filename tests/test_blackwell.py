@@ -102,6 +102,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", SPLITS)
 def test_split_keys_are_merged(name, monkeypatch):
     split_keys, q_lens, context_lens, spec, page_size, max_q_len = SPLITS[name]

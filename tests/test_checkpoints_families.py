@@ -65,6 +65,7 @@ DECODED = ("Llama 3", "Phi-3", "Gemma 2", "Gemma 3")
 """Families that differ in what decoding reads; the others are tested under `slow`."""
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "family", [f if f in DECODED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 )
@@ -74,6 +75,7 @@ def test_greedy_tokens_through_the_paged_decode(family, loaded):
     assert generate(loaded(family), PROMPTS, 16, page_size=4) == wanted
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "family", [f if f in DECODED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 )

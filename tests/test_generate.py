@@ -577,6 +577,7 @@ class TestStoppingTheLoop:
             text.extend(tokens[row, : counts[row]].tolist())
             self.cached[row] = len(text) - 1  # the last token has been chosen, and not been read
 
+    @pytest.mark.thinned(2)
     @pytest.mark.parametrize("implementation", ["xla", "triton"])
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_going_on_equals_never_having_stopped(self, model, implementation, temperature):

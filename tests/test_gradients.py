@@ -164,6 +164,7 @@ def check_step(step: Step, *implementations: str) -> None:
             np.testing.assert_array_equal(g[e == 0], 0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(
     ("heads", "window", "soft_cap", "page_size", "head_dim"), covering_selection()[::2]
@@ -188,6 +189,7 @@ OPTIONS: list[tuple[dict[str, Any], int | None]] = [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(("options", "page_size"), OPTIONS)
 def test_several_tiles_and_blocks(options, page_size, implementation):
@@ -196,6 +198,7 @@ def test_several_tiles_and_blocks(options, page_size, implementation):
     check_step(Step.draw(workload, dataclasses.replace(GQA, **options), page_size), implementation)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_the_same_bits_again(implementation):
     step = Step.draw(ODD[3], dataclasses.replace(GQA, sinks=True), 16)
@@ -203,6 +206,7 @@ def test_the_same_bits_again(implementation):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_low_precision_errs_no_more_than_the_definition_of_rounded_numbers(dtype, implementation):
@@ -229,6 +233,7 @@ def plain_gradients(step: Step, dtype: str) -> list[np.ndarray]:
     return [np.asarray(x, np.float64) for x in found]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 def test_pages_that_sequences_share_take_the_sum(implementation):
     """As if each sequence had copies of its own, whose gradients are then summed."""
@@ -270,6 +275,7 @@ def small_step(implementation: str = "xla", **options: Any):
     return attend, (q, k, v)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 2, "logits_soft_cap": 1.0}], ids=["plain", "all"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_finite_differences_agree(options, implementation):
@@ -290,6 +296,7 @@ def as_float32(arguments):
     return tuple(jnp.asarray(x, jnp.float32) for x in arguments)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_vmap_over_arrays_of_one_batch(implementation):
     attend, (q, k, v) = small_step(implementation)
@@ -305,6 +312,7 @@ def test_vmap_over_arrays_of_one_batch(implementation):
             np.testing.assert_allclose(stacked[i], single, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_vmap_over_batches(implementation):
     """Batches of one bucket, stacked: metadata have a leading axis like any other array."""
@@ -352,6 +360,7 @@ def stack_of_layers(implementation: str, *, remat: Any = None, scan: bool = True
     return loss, (weights, x)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_scan_over_layers_and_checkpoint(implementation, scan):
@@ -378,6 +387,7 @@ def test_a_checkpoint_policy_can_save_the_results_of_attention():
     assert saved == once < everything
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 def test_grad_inside_shard_map(implementation):
     """Heads are divided among devices, each with its own key heads; metadata are replicated."""
@@ -394,6 +404,7 @@ def test_grad_inside_shard_map(implementation):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_peak_memory_grows_linearly(implementation):
     """Four times the tokens take about four times the memory, in both directions: no [T, S] array."""

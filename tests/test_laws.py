@@ -651,6 +651,7 @@ def gradients_of(implementation: str, spec: AttentionSpec) -> Callable[..., tupl
     return jax.jit(go_back)
 
 
+@pytest.mark.thinned(3)
 @law(
     case=cases(),
     spec=st.sampled_from([MQA, WINDOW, TWO_SIDED]),
@@ -698,6 +699,7 @@ def test_law_7_gradients(implementation: str, case: Case, spec: AttentionSpec, p
     assert abs(products.sum() - slope) <= 1e-5 * np.abs(products).sum() + 1e-6
 
 
+@pytest.mark.thinned(2)
 @law(implementations=BIT_EXACT, case=cases(), spec=st.sampled_from([MQA, WINDOW]), place=st.integers(0, 3))
 def test_law_7_gradients_have_the_bits_of_the_sequence_alone(
     implementation: str, case: Case, spec: AttentionSpec, place: int

@@ -36,6 +36,7 @@ from jaxattn_kernels import mosaic_parts
 pytestmark = pytest.mark.usefixtures("no_races")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_agrees_with_xla(name):
     check(ODD[3], *LAYERS[name])
@@ -52,6 +53,7 @@ def test_many_key_blocks():
     check(workload, layer(1, 1, sliding_window=600), 16)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_keys(causal):
     check(ODD[0], layer(2, 1, causal=causal), None)
@@ -67,6 +69,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SPLITS)
 def test_split_keys_are_merged(monkeypatch, name):
     split_keys, q_lens, context_lens, spec, page_size, bucket = SPLITS[name]
@@ -127,6 +130,7 @@ MISTAKES = {
 FEW = (*list(MISTAKES)[:2], *list(MISTAKES)[-3:])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "mistake", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MISTAKES]
 )
@@ -145,6 +149,7 @@ def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
 HOPPER = functools.partial(attention, implementation="mosaic")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "window"),
     [(64, 8, None), (80, 128, None), (96, None, None), (128, 128, 40), (128, 8, 600), (256, None, 40)],

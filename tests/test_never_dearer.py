@@ -86,6 +86,7 @@ def check_consumer(bucket: Bucket, *, paged: bool, layers: tuple[AttentionSpec, 
     assert_no_dearer(costs["selected"], costs["specialised"], "the superset, selected,")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("consumer", READERS)
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "unpaged"])
 @pytest.mark.parametrize("bucket", ["decode 32", "mixed 512"])

@@ -66,6 +66,7 @@ def test_loss_is_the_mean_over_the_documents_tokens():
         assert float(loss(params, batch, config.model)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax's AdamW promotes its step count
 def test_runs_and_leaves_a_checkpoint_that_generates(tmp_path):
     config = dataclasses.replace(packed_training.EXPERIMENT.small, checkpoint=str(tmp_path / "checkpoint"))

@@ -46,6 +46,7 @@ def models():
     return Model.from_params(CONFIG, params), Model.from_params(CONFIG, stack_layers(params))
 
 
+@pytest.mark.thinned(2)
 def test_logits_and_tokens_are_those_of_layers_apart(models):
     apart, stacked = models
     for a, b in zip(compute_logits(stacked, PROMPTS), compute_logits(apart, PROMPTS), strict=True):
@@ -55,6 +56,7 @@ def test_logits_and_tokens_are_those_of_layers_apart(models):
     assert serve(stacked, PROMPTS, 9, num_pages=16, page_size=4, token_budget=8, max_seqs=2) == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "triton"])
 def test_every_implementation(models, implementation):
     apart, stacked = models
@@ -62,6 +64,7 @@ def test_every_implementation(models, implementation):
     assert generate(stacked, PROMPTS, 5, page_size=4, implementation=implementation) == expected
 
 
+@pytest.mark.slow
 def test_quantised_cache(models):
     apart, stacked = models
     scales = calibrate_kv_scales(apart, PROMPTS, "int8")

@@ -98,6 +98,7 @@ def program_of(case: Case) -> tuple[Any, ...]:
     return go_back, visible, array(rows + 1), array(pages), q, k, results, *work
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", every_pair(), ids=str)
 def test_kernels_stay_in_registers(case):
     kernels = compile_case(case)

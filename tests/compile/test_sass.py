@@ -124,6 +124,7 @@ def stays_in_registers(kernel: Kernel) -> bool:
     return kernel.spilled == 0 or traded
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", every_pair(), ids=str)
 def test_kernels_stay_in_registers(case):
     kernels = compile_case(case)
@@ -131,6 +132,7 @@ def test_kernels_stay_in_registers(case):
     assert [(k.name, k.registers, k.spilled) for k in kernels if not stays_in_registers(k)] == []
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.architecture)
 def test_kernels_of_quantised_caches_stay_in_registers(target, kv_dtype):
