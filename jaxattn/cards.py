@@ -367,7 +367,7 @@ def _per_program(units: int) -> str:
     if not units:
         return "no work"
     each = units * _HEADS / min(units * _HEADS, MAX_PROGRAMS)
-    return f"{_count(units, 'unit')} a key head; with {_HEADS} heads a program takes {each:.3g}"
+    return f"{_count(units, 'unit')} per key head; with {_HEADS} heads a program takes {each:.3g}"
 
 
 _HEADS = 8

@@ -215,7 +215,7 @@ def _bar(share: float, label: str) -> str:
         f'<rect x="0" y="0" width="100" height="8" fill="{MUTED}" fill-opacity="0.25"/>',
         f'<rect x="0" y="0" width="{width:.1f}" height="8" fill="{COLORS[0]}"/>',
     ]
-    return _svg(boxes, label, "0 0 100 8", "width:9em;height:.72em")
+    return _svg(boxes, label, "0 0 100 8", "width:9em;height:.72em;margin-top:.36em")
 
 
 def _svg(shapes: Sequence[str], label: str, box: str, style: str) -> str:

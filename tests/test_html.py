@@ -152,13 +152,13 @@ def test_tiles_are_counted_by_class_and_tiling():
         for i in range(0, n, 64)
     )
     assert f"{seen:,} of {covered:,}" in text
-    assert "5 units a key head; with 8 heads a program takes 1" in shown(schedule)
+    assert "5 units per key head; with 8 heads a program takes 1" in shown(schedule)
 
 
 def test_a_program_takes_several_units_where_they_are_more_than_programs():
     batch = nest_sequences(np.zeros(100, int), q_lens=np.ones(100, int), bucket=Bucket(128, 128, max_q_len=1))
     (schedule,) = prepare_metadata(batch, SPEC, consumers="xla").visible[0].schedules
-    assert "100 units a key head; with 8 heads a program takes 1.56" in shown(schedule)  # 800 / 512
+    assert "100 units per key head; with 8 heads a program takes 1.56" in shown(schedule)  # 800 / 512
 
 
 def test_schedules_without_values_show_shapes(batch):
