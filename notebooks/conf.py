@@ -31,7 +31,7 @@ author = "The jaxattn authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 default_role = "py:obj"  # single backticks, as in Markdown; a link where the name is documented
-smartquotes = False  # much of what is quoted is code
+smartquotes_action = "D"  # dashes alone: much of what is quoted is code
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxattn"

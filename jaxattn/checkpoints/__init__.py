@@ -1,6 +1,6 @@
 """Checkpoints of decoders: found, checked against their config, and loaded.
 
-model = load_model("path/to/checkpoint", dtype="bfloat16")
+    model = load_model("path/to/checkpoint", dtype="bfloat16")
 
 Read are safetensors, Flax's msgpack files and Orbax folders, old ones too, with the names of Hugging Face,
 of the gemma library, of MaxText, or of a table of one's own; of the families Llama, Mistral, Phi-3, Qwen 2
