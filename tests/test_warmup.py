@@ -1,5 +1,7 @@
 """After warming up nothing compiles, whatever is served or generated in these buckets."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -41,8 +43,8 @@ CONFIG = DecoderConfig(
 )
 PROMPTS = [[1, 5, 9], [(5 * i) % 61 for i in range(20)], [7], [3] * 17]
 NEW = 5
-CACHE = {"num_pages": 16, "page_size": 4}
-LIMITS = {"token_budget": 24, "max_seqs": 3}
+CACHE: dict[str, Any] = {"num_pages": 16, "page_size": 4}
+LIMITS: dict[str, Any] = {"token_budget": 24, "max_seqs": 3}
 PLAN = BucketPlan((Bucket(3, 3, 48, max_q_len=1), Bucket(24, 3, 48)))
 
 
@@ -68,7 +70,10 @@ def test_a_server_compiles_nothing(model, tokens):
 
 
 def test_without_it_the_first_step_is_refused(model):
-    cache = {"num_pages": 15, "page_size": 4}  # of this test alone: JAX keeps programs by their shapes
+    cache: dict[str, Any] = {
+        "num_pages": 15,
+        "page_size": 4,
+    }  # JAX keeps programs by shape
     warmup(model, PLAN.buckets[:1], **cache)
     server = Server(model, grid=PLAN, **LIMITS, **cache)
     server.add(PROMPTS[0], NEW)
@@ -78,7 +83,7 @@ def test_without_it_the_first_step_is_refused(model):
 
 def test_a_quantised_server_compiles_nothing(model):
     scales = calibrate_kv_scales(model, PROMPTS, "int8")
-    options = {**LIMITS, **CACHE, "grid": PLAN, "cache_dtype": "int8"}
+    options: dict[str, Any] = {**LIMITS, **CACHE, "grid": PLAN, "cache_dtype": "int8"}
     warmup(model, PLAN, cache_dtype="int8", **CACHE)
     with forbid_compiles():
         served = serve(model, PROMPTS, NEW, kv_scales=scales, **options)
@@ -93,7 +98,7 @@ def test_generation_compiles_nothing(model, tokens):
 
 
 def test_servers_of_one_model_share_programs(model):
-    options = {"grid": PLAN, **LIMITS, **CACHE}
+    options: dict[str, Any] = {"grid": PLAN, **LIMITS, **CACHE}
     first = serve(model, PROMPTS, NEW, **options)
     with count_compiles() as compiles:
         assert serve(model, PROMPTS, NEW, **options) == first
