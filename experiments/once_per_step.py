@@ -5,7 +5,9 @@ A small stack of layers that attend, in one batch, as
 - `loop`: one program, unrolled; `loop, unfused`: the same before XLA fuses, where what is computed once
   stands once; `scan`: one program, `lax.scan` over layers;
 - `rematerialised`: the gradient, with each layer under `jax.checkpoint`;
-- `programs`: a program per layer, and one of the metadata where these are derived once.
+- `programs`: a program per layer, which derives its metadata in it, or is given what a program before all
+  layers derived;
+- `two programs`: a program of the metadata before every layer's own, or one before all layers.
 
 Instructions of the metadata are counted in what XLA compiles for a CPU; for `programs`, in each program as
 often as it runs. Within one program nothing should be gained, since the compiler merges what is equal; where
@@ -45,8 +47,16 @@ from jaxattn import (
 )
 from jaxattn.batch import abstract_batch
 
-FORMS = ("loop", "loop, unfused", "scan", "rematerialised loop", "rematerialised scan", "programs")
-"""How a stack of layers becomes a program; the last is a program per layer."""
+FORMS = (
+    "loop",
+    "loop, unfused",
+    "scan",
+    "rematerialised loop",
+    "rematerialised scan",
+    "programs",
+    "two programs",
+)
+"""How a stack of layers becomes a program; the last two are several programs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +67,13 @@ class Config:
     """Of the attention."""
     forms: tuple[str, ...] = FORMS
     """Names in `FORMS`; the loops of `xla` have no gradient, so it is not rematerialised."""
-    num_layers: tuple[int, ...] = (2, 4, 8)
+    num_layers: tuple[int, ...] = (2, 8)
     """Layers of the stacks, ascending and even: two window classes take turns."""
     cases: tuple[str, ...] = ("decode 64", "mixed 2 x 512 + 62")
     """Steps for layers that only read, names in `serving_steps.CASES`."""
     rounds: int = 5
     """Rounds of timing; the two take turns."""
-    repeats: int = 30
+    repeats: int = 20
     """Calls per round."""
 
 
@@ -86,7 +96,7 @@ def stack(
     Args:
         num_layers: Layers; the window classes take turns.
         implementation: Of the attention.
-        form: One of `FORMS` but the last.
+        form: One of `FORMS` but the last two.
         once: Whether metadata are derived before the layers, or in each of them.
         classes: Layers of each window class.
     """
@@ -144,14 +154,14 @@ def programs_of(
     Returns:
         A function of a stack's arguments, and the programs.
     """
-    if form != "programs":
+    if "programs" not in form:
         function = stack(num_layers, implementation, form, once=once)
         options = UNFUSED if "unfused" in form else None
         program = compiled(function, *stack_arguments(num_layers), options=options)
         return program, [(program, 1)]
-    if once:
-        return _one_then_layers(num_layers, implementation)
-    return _layers_for_themselves(num_layers, implementation)
+    if form == "programs" and not once:
+        return _layers_for_themselves(num_layers, implementation)
+    return _metadata_apart(num_layers, implementation, once=once)
 
 
 def _layers_for_themselves(num_layers: int, implementation: str) -> tuple[Any, list[tuple[Any, int]]]:
@@ -169,8 +179,8 @@ def _layers_for_themselves(num_layers: int, implementation: str) -> tuple[Any, l
     return run, [(program, num_layers // len(each)) for program in each]
 
 
-def _one_then_layers(num_layers: int, implementation: str) -> tuple[Any, list[tuple[Any, int]]]:
-    """A program of the metadata, then one per layer that is given them."""
+def _metadata_apart(num_layers: int, implementation: str, *, once: bool) -> tuple[Any, list[tuple[Any, int]]]:
+    """A program of the metadata, once or before every layer, and one per layer that is given them."""
     batch, x, pages, _ = stack_arguments(1)
 
     def derive(batch: RaggedBatch) -> AttentionMetadata:
@@ -189,10 +199,14 @@ def _one_then_layers(num_layers: int, implementation: str) -> tuple[Any, list[tu
     def run(batch: RaggedBatch, x: jax.Array, k: list[jax.Array], v: list[jax.Array]) -> jax.Array:
         metadata = prepare(batch)
         for i in range(num_layers):
+            metadata = metadata if once or i == 0 else prepare(batch)
             x = layers[i % len(layers)](metadata, x, k[i], v[i])
         return x
 
-    return run, [(prepare, 1), *((program, num_layers // len(layers)) for program in layers)]
+    return run, [
+        (prepare, 1 if once else num_layers),
+        *((program, num_layers // len(layers)) for program in layers),
+    ]
 
 
 def count(programs: list[tuple[Any, int]]) -> int:
@@ -236,7 +250,7 @@ def examine(num_layers: int, implementation: str, form: str, config: Config) -> 
     }
     if "unfused" not in form and num_layers == max(config.num_layers):
         batch, x, k, v = concrete_arguments(num_layers)
-        if form == "programs":
+        if "programs" in form:
             k, v = jnp.split(k, num_layers), jnp.split(v, num_layers)
         calls: dict[str, Call] = {
             name: lambda _, run=run: jax.block_until_ready(run(batch, x, k, v))
@@ -287,15 +301,17 @@ def reading_call(form: str, batches: list[RaggedBatch], num_layers: int, *, once
     """A stack of layers that only read, on each of the batches."""
     rng = np.random.default_rng(0)
     weights, x = jnp.asarray(rng.normal(size=(num_layers, 16, 16)), jnp.float32), jnp.ones((1, 16))
-    if form != "programs":
+    if "programs" not in form:
         program = jax.jit(reading_stack(form, once=once))
         return lambda i: ready(program(weights, x, batches[i]))
     prepare, each = jax.jit(prepare_for_xla), list(weights)
-    layer: Any = jax.jit(read_everything if once else _read_for_itself)
+    is_given = once or form == "two programs"
+    layer: Any = jax.jit(read_everything if is_given else _read_for_itself)
 
     def call(i: int) -> None:
-        y, read = x, prepare(batches[i]) if once else batches[i]
-        for weight in each:
+        y, read = x, prepare(batches[i]) if is_given else batches[i]
+        for number, weight in enumerate(each):
+            read = prepare(batches[i]) if is_given and not once and number > 0 else read
             y = layer(y, weight, read)
         ready(y)
 
