@@ -12,7 +12,7 @@ from packed_training import ARMS, LAYOUTS, batch_loss, compare_gradients, real_t
 from jaxattn import RaggedBatch, compute_logits, generate, load_model
 from jaxattn.models import init_params
 
-CONFIG = dataclasses.replace(packed_training.EXPERIMENT.small, windows=(None, 24))
+CONFIG = dataclasses.replace(packed_training.EXPERIMENT.small, windows=(None, 24), rows=3)
 
 
 def random_documents(lens):
