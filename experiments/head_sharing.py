@@ -355,13 +355,14 @@ def plot(rows: list[Row]) -> Figure:
         differences.plot(
             [number] * len(found), found, color=COLORS[number], marker=MARKERS[number], linestyle="none"
         )
-    curves.set(xlabel="optimiser steps", ylabel="held-out loss, nats per byte", yscale="log")
+    trained = [loss for row in rows if row["kind"] == "run" for _, loss in row["curve"][1:]]
+    curves.set(xlabel="optimiser steps", ylabel="held-out loss, nats per byte")
+    curves.set_ylim(min(trained) - 0.05, max(trained) + 0.05)
     curves.set_title("What do shared key heads cost at equal parameters?\nmedian and range of the seeds")
-    curves.yaxis.set_major_formatter("{x:.1f}")
-    curves.yaxis.set_minor_formatter("{x:.1f}")
     curves.legend(frameon=False)
     differences.axhline(0, color="black", linewidth=0.8)
-    differences.set_xticks(range(len(names)), names, rotation=20)
+    differences.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
+    differences.set_xlim(-0.5, len(names) - 0.5)
     differences.set(xlabel="arm", ylabel="nats per byte")
     differences.set_title("final loss minus MHA's,\nof the same seed")
     decoded = [row for row in rows if row["kind"] == "decode"]
@@ -369,9 +370,9 @@ def plot(rows: list[Row]) -> Figure:
         ranges = [times_as_long(row["rounds_us"], name, BASELINE) for row in decoded]
         draw(time, [row["context"] for row in decoded], ranges, number, name)
     time.set_xscale("log", base=2)
+    time.set_xticks([row["context"] for row in decoded], [f"{row['context']:,}" for row in decoded])
     time.set(xlabel="keys per sequence", ylabel="time of a decode step ÷ MHA's", ylim=(0, None))
     time.set_title("a decode step, timed in turns:\nmedian and range of the rounds")
-    time.legend(frameon=False)
     for axes in (curves, differences, time):
         axes.grid(alpha=0.3)
     return figure

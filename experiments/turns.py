@@ -62,8 +62,24 @@ def milliseconds(rounds: Rounds, name: str) -> float:
     return statistics.median(rounds[name]) / 1e3
 
 
-def draw(axes: Axes, places: Sequence[float], ranges: Sequence[Range], number: int, label: str) -> None:
-    """Draw a line through medians, with a bar for each range, in the colour and form of its number."""
+def draw(
+    axes: Axes,
+    places: Sequence[float],
+    ranges: Sequence[Range],
+    number: int,
+    label: str,
+    linestyle: str = "-",
+) -> None:
+    """Draw a line through medians, with a bar for each range.
+
+    Args:
+        axes: Where.
+        places: On the x axis.
+        ranges: On the y axis.
+        number: Gives its colour and marker.
+        label: In the legend.
+        linestyle: As of matplotlib.
+    """
     medians = [found.median for found in ranges]
     below = [found.median - found.least for found in ranges]
     above = [found.most - found.median for found in ranges]
@@ -75,5 +91,6 @@ def draw(axes: Axes, places: Sequence[float], ranges: Sequence[Range], number: i
         marker=MARKERS[number % len(MARKERS)],
         markersize=5,
         capsize=3,
+        linestyle=linestyle,
         label=label,
     )
