@@ -36,7 +36,7 @@ from experiment import Experiment, Row, Table
 from matplotlib.figure import Figure
 from rich.progress import track
 from side_by_side import measure
-from turns import Range, draw, milliseconds, rounds_of, times_as_long
+from turns import draw, milliseconds, rounds_of, times_as_long
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, Sampling, nest_sequences
 from jaxattn.models import init_cache, init_params
@@ -61,7 +61,7 @@ class Config:
     """Prompts of a batch."""
     new_tokens: int = 32
     """Tokens that each prompt is continued by; the first is the prefill's."""
-    rounds: int = 7
+    rounds: int = 5
     """Rounds of timing."""
 
 
@@ -243,7 +243,7 @@ def rows(config: Config) -> Iterator[Row]:
             name: functools.partial(lambda _, way: way(Traffic()), way=way)
             for name, way in found.ways.items()
         }
-        timings = measure(calls, inputs=1, repeats=3, rounds=config.rounds)
+        timings = measure(calls, inputs=1, repeats=2, rounds=config.rounds)
         yield {
             "width": width,
             "prompts": num_prompts,
@@ -258,19 +258,13 @@ def rows(config: Config) -> Iterator[Row]:
                 }
                 for name, counted in traffic.items()
             },
-            "rounds_us": rounds_of(timings),
+            **rounds_of(timings),
         }
-
-
-def _more_per_step(row: Row, name: str) -> Range:
-    """Microseconds by which a step takes longer than the baseline's."""
-    pairs = zip(row["rounds_us"][name], row["rounds_us"][BASELINE], strict=True)
-    return Range.of([(us - base) / row["steps"] for us, base in pairs])
 
 
 def tables(rows: list[Row]) -> dict[str, Table]:
     """What goes back and forth, and the time of a step."""
-    ways = list(rows[0]["rounds_us"])
+    ways = list(rows[0]["elapsed_us"])
     of_first = [row for row in rows if row["width"] == rows[0]["width"]]
     traffic = [
         [
@@ -287,10 +281,15 @@ def tables(rows: list[Row]) -> dict[str, Table]:
         [
             f"{row['width']}",
             f"{row['prompts']}",
-            f"{milliseconds(row['rounds_us'], BASELINE) / row['steps']:.2f}",
-            *(times_as_long(row["rounds_us"], name, BASELINE).text() for name in ways if name != BASELINE),
+            name,
+            f"{milliseconds(row['elapsed_us'], name) / row['steps']:.2f}",
+            *(
+                "1" if name == BASELINE else times_as_long(row[of], name, BASELINE).text()
+                for of in ("elapsed_us", "processor_us")
+            ),
         ]
         for row in rows
+        for name in ways
     ]
     return {
         "traffic": Table(
@@ -304,44 +303,45 @@ def tables(rows: list[Row]) -> dict[str, Table]:
             traffic,
         ),
         "time": Table(
-            [
-                "width",
-                "prompts",
-                f"{BASELINE}, ms a step",
-                *(f"{name} ÷ {BASELINE}" for name in ways if name != BASELINE),
-            ],
+            ["width", "prompts", "way", "ms a step", "elapsed ÷ device loop", "processor time ÷ device loop"],
             times,
         ),
     }
 
 
 def plot(rows: list[Row]) -> Figure:
-    """How many times as long a step takes as in the loop, and how much longer."""
+    """How many times as long a step takes as in the loop, elapsed and of the processor."""
     figure = Figure(figsize=(12, 4.6), layout="constrained", facecolor="white")
-    ratio, more = figure.subplots(1, 2)
-    ways = [name for name in rows[0]["rounds_us"] if name != BASELINE]
+    elapsed, processor = figure.subplots(1, 2)
+    ways = [name for name in rows[0]["elapsed_us"] if name != BASELINE]
     widths = sorted({row["width"] for row in rows})
     for (number, name), (place, width) in itertools.product(enumerate(ways), enumerate(widths)):
         of_width = [row for row in rows if row["width"] == width]
         prompts = [row["prompts"] for row in of_width]
         style, label = ("-", "--", ":")[place % 3], f"{name}, width {width}"
-        ratios = [times_as_long(row["rounds_us"], name, BASELINE) for row in of_width]
-        draw(ratio, prompts, ratios, number, label, style)
-        draw(more, prompts, [_more_per_step(row, name) for row in of_width], number, label, style)
-    ratio.set_title(
+        for axes, of in ((elapsed, "elapsed_us"), (processor, "processor_us")):
+            ratios = [times_as_long(row[of], name, BASELINE) for row in of_width]
+            draw(axes, prompts, ratios, number, label, style)
+    elapsed.set_title(
         "What does it cost to come back to the host\nbetween tokens? (1 = the loop on the device)"
     )
-    ratio.set(ylabel="time of a step ÷ device loop")
-    more.set_title("the same as a difference:\nmedian and range of the rounds")
-    more.set(ylabel="µs a step more than the device loop")
-    for axes, level in ((ratio, 1), (more, 0)):
-        axes.axhline(level, color="black", linewidth=0.8)
+    elapsed.set(ylabel="time elapsed in a step ÷ device loop")
+    processor.set_title("processor time of all threads:\nmedian and range of the rounds")
+    processor.set(ylabel="processor time of a step ÷ device loop")
+    for axes in (elapsed, processor):
+        axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xticks(*_ticks(sorted({row["prompts"] for row in rows})))
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="prompts of the batch")
         axes.grid(alpha=0.3)
-    more.legend(frameon=False, fontsize=8)
+    processor.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _ticks(prompts: list[int]) -> tuple[list[int], list[str]]:
+    return prompts, [f"{count}" for count in prompts]
 
 
 EXPERIMENT = Experiment(

@@ -25,10 +25,18 @@ ROUND_NS = 250_000_000
 
 
 class Timing(NamedTuple):
-    """Microseconds per call: the median of each round, and the median of those."""
+    """Microseconds per call.
+
+    Attributes:
+        median_us: The median over rounds of `rounds_us`.
+        rounds_us: The median of each round.
+        processor_us: The same of the processor time of all threads. On a busy machine programs of several
+            threads wait for cores, some longer than they compute; that is not in it.
+    """
 
     median_us: float
     rounds_us: list[float]
+    processor_us: list[float]
 
 
 def measure(calls: Mapping[str, Call], *, inputs: int, repeats: int, rounds: int) -> dict[str, Timing]:
@@ -40,7 +48,7 @@ def measure(calls: Mapping[str, Call], *, inputs: int, repeats: int, rounds: int
         repeats: Calls of a candidate per round, fewer for a slow one.
         rounds: Rounds, each of which begins with another candidate.
     """
-    medians: dict[str, list[float]] = {name: [] for name in calls}
+    medians: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for call in calls.values():
         for i in range(inputs):
             call(i)
@@ -51,22 +59,29 @@ def measure(calls: Mapping[str, Call], *, inputs: int, repeats: int, rounds: int
         for r in range(rounds):
             turn = r * len(names) // rounds
             for name in names[turn:] + names[:turn]:
-                medians[name].append(_median_us(calls[name], inputs, repeats))
+                medians[name].append(_medians_us(calls[name], inputs, repeats))
     finally:
         gc.enable()
-    return {name: Timing(statistics.median(values), values) for name, values in medians.items()}
+    found = {}
+    for name, rounds_of_it in medians.items():
+        elapsed, processor = map(list, zip(*rounds_of_it, strict=True))
+        found[name] = Timing(statistics.median(elapsed), elapsed, processor)
+    return found
 
 
-def _median_us(call: Call, inputs: int, repeats: int) -> float:
+def _medians_us(call: Call, inputs: int, repeats: int) -> tuple[float, float]:
+    """Of a round: time elapsed, and processor time."""
     call(0)
-    nanoseconds: list[int] = []
+    nanoseconds: list[tuple[int, int]] = []
     end = time.perf_counter_ns() + ROUND_NS
     while len(nanoseconds) < min(3, repeats) or (len(nanoseconds) < repeats and time.perf_counter_ns() < end):
         number = len(nanoseconds) % inputs
-        started = time.perf_counter_ns()
+        before, started = time.process_time_ns(), time.perf_counter_ns()
         call(number)
-        nanoseconds.append(time.perf_counter_ns() - started)
-    return statistics.median(nanoseconds) / 1e3
+        elapsed = time.perf_counter_ns() - started
+        nanoseconds.append((elapsed, time.process_time_ns() - before))
+    elapsed, processor = (statistics.median(column) / 1e3 for column in zip(*nanoseconds, strict=True))
+    return elapsed, processor
 
 
 def provenance() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from side_by_side import Timing
 
 Rounds = Mapping[str, Sequence[float]]
-"""Per candidate, its microseconds in each round."""
+"""Per candidate, its microseconds in each round: time elapsed, or processor time."""
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Colours that the colour-blind can tell apart."""
@@ -47,9 +47,12 @@ class Range(NamedTuple):
         return f"{median} ({least} to {most})"
 
 
-def rounds_of(timings: Mapping[str, Timing]) -> dict[str, list[float]]:
-    """What of `measure` goes into a row of results."""
-    return {name: timing.rounds_us for name, timing in timings.items()}
+def rounds_of(timings: Mapping[str, Timing]) -> dict[str, dict[str, list[float]]]:
+    """What of `measure` goes into a row of results: time elapsed, and processor time of all threads."""
+    return {
+        "elapsed_us": {name: timing.rounds_us for name, timing in timings.items()},
+        "processor_us": {name: timing.processor_us for name, timing in timings.items()},
+    }
 
 
 def times_as_long(rounds: Rounds, name: str, baseline: str) -> Range:

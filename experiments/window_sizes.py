@@ -6,8 +6,8 @@ step of eight such sequences. All windows are served by one metadata object.
 
 What is compared: tiles of queries that `xla` visits, and keys that it reads for them, in whole blocks,
 beside the keys that tokens see; instructions, operations and bytes of the compiled program, which knows no
-length; and the time of attention, in turns. Then what several window classes cost in one metadata object,
-against an object for each.
+length; and the processor time of attention, in turns. Then what several window classes cost in one metadata
+object, against an object for each.
 
 Before that, the chunk and the decode step are compared with `reference` at the shorter length, the last rows
 of the prefill with the chunk at both, and what a class gets from the shared object with what it gets from its
@@ -69,7 +69,7 @@ class Config:
     """Query tokens of a chunk."""
     decode_seqs: int = 8
     """Sequences of a decode step."""
-    rounds: int = 5
+    rounds: int = 4
     """Rounds of timing."""
 
     @property
@@ -198,7 +198,7 @@ def window_rows(length: int, config: Config) -> Iterator[Row]:
             "length": length,
             "work": {name: tiles_and_keys(case.metadata, spec) for name, spec in specs.items()},
             "cost": costs,
-            "rounds_us": rounds_of(measure(calls, inputs=1, repeats=10, rounds=config.rounds)),
+            **rounds_of(measure(calls, inputs=1, repeats=6, rounds=config.rounds)),
         }
 
 
@@ -228,7 +228,7 @@ def class_rows(phase: str, length: int, config: Config) -> Iterator[Row]:
                 name: sum(cost_of(function, batch).instructions for function in functions)
                 for name, functions in prepared.items()
             },
-            "rounds_us": rounds_of(measure(calls, inputs=1, repeats=50, rounds=config.rounds)),
+            **rounds_of(measure(calls, inputs=1, repeats=50, rounds=config.rounds)),
         }
 
 
@@ -255,8 +255,8 @@ def tables(rows: list[Row]) -> dict[str, Table]:
             f"{work['read_keys']:,}",
             f"{work['read_keys'] / row['work'][NONE]['read_keys']:.2f}",
             f"{work['seen_keys'] / row['work'][NONE]['seen_keys']:.2f}",
-            f"{milliseconds(row['rounds_us'], name):.2f}",
-            "1" if name == NONE else times_as_long(row["rounds_us"], name, NONE).text(),
+            f"{milliseconds(row['processor_us'], name):.2f}",
+            "1" if name == NONE else times_as_long(row["processor_us"], name, NONE).text(),
         ]
         for row in by_window
         for name, work in row["work"].items()
@@ -276,7 +276,7 @@ def tables(rows: list[Row]) -> dict[str, Table]:
             f"{row['phase']}, {row['length']:,}",
             f"{row['classes']}",
             *(f"{count:,}" for count in row["instructions"].values()),
-            times_as_long(row["rounds_us"], "an object for each", "one object").text(),
+            times_as_long(row["processor_us"], "an object for each", "one object").text(),
         ]
         for row in rows
         if row["kind"] == "classes"
@@ -290,7 +290,7 @@ def tables(rows: list[Row]) -> dict[str, Table]:
                 "keys read",
                 "read ÷ none",
                 "seen ÷ none",
-                "ms",
+                "processor ms",
                 "time ÷ none",
             ],
             windows,
@@ -328,21 +328,25 @@ def plot(rows: list[Row]) -> Figure:
         of_none = row["work"][NONE]["read_keys"]
         shares = [row["work"][name]["read_keys"] / of_none for name in windows]
         draw(read, places, [Range.of([share]) for share in shares], number, label, style)
-        ratios = [times_as_long(row["rounds_us"], name, NONE) for name in windows]
+        ratios = [times_as_long(row["processor_us"], name, NONE) for name in windows]
         draw(time, places, ratios, number, label, style)
     for number, phase in enumerate(PHASES):
         of_phase = [row for row in rows if row["kind"] == "classes" and row["phase"] == phase]
-        ratios = [times_as_long(row["rounds_us"], "an object for each", "one object") for row in of_phase]
+        ratios = [times_as_long(row["processor_us"], "an object for each", "one object") for row in of_phase]
         if of_phase:
             draw(shared, [row["classes"] for row in of_phase], ratios, number, phase)
     read.set(ylabel="keys read ÷ without a window", title="What does a sliding window save?\nkeys read")
-    time.set(ylabel="time ÷ without a window", title="time, in turns:\nmedian and range of the rounds")
+    time.set(
+        ylabel="processor time ÷ without a window", title="time, in turns:\nmedian and range of the rounds"
+    )
     for axes in (read, time):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(xlabel="window, keys", ylim=(0, None))
         axes.axhline(1, color="black", linewidth=0.8)
-    shared.set(xlabel="window classes of a step", ylabel="time, an object for each ÷ one", ylim=(0, None))
+    shared.set(
+        xlabel="window classes of a step", ylabel="processor time, an object for each ÷ one", ylim=(0, None)
+    )
     shared.set_title("metadata: one object for all classes,\nagainst one for each")
     shared.axhline(1, color="black", linewidth=0.8)
     shared.set_xticks(sorted({row["classes"] for row in rows if row["kind"] == "classes"}))
