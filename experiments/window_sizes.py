@@ -352,7 +352,8 @@ def plot(rows: list[Row]) -> Figure:
     shared.set_xticks(sorted({row["classes"] for row in rows if row["kind"] == "classes"}))
     for axes in (read, time, shared):
         axes.grid(alpha=0.3)
-    read.legend(frameon=False, fontsize=8)
+    read.set_ylim(0, 1.5)
+    read.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
     shared.legend(frameon=False)
     return figure
 
