@@ -33,8 +33,12 @@ import numpy as np
 
 from jaxattn import (
     AttentionSpec,
+    Bucket,
+    Trace,
     attention,
     choose_implementation,
+    fit_of,
+    plan_buckets,
     powers_of_two,
     prepare_metadata,
     quarter_steps,
@@ -160,3 +164,15 @@ tokens = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(8192), 2000)
 for name, steps in (("powers of two", powers_of_two(64, 8192)), ("quarter steps", quarter_steps(64, 8192))):
     padded = np.array(steps)[np.searchsorted(steps, tokens)]
     print(f"{name}: {len(steps)} programs, {1 - tokens.sum() / padded.sum():.1%} of all tokens are padding")
+
+# %% [markdown]
+# Buckets that were fitted to the batches themselves do with fewer programs. Here they are fitted to the
+# first half and judged on the second. In earnest, `nest_sequences(..., log=...)` writes the trace while you
+# run, and `jaxattn buckets` draws what each further program saves.
+
+# %%
+first, second = (Trace.of((n, 1, 0, n) for n in half.tolist()) for half in np.split(tokens, 2))
+for programs in (4, 8, 16):
+    plan = plan_buckets(first, programs, limits=Bucket(8192, 1))
+    fit = fit_of(plan, second)
+    print(f"fitted: {fit.compiles} programs, {fit.padding:.1%} of all tokens are padding")
