@@ -216,7 +216,7 @@ def tables(rows: list[Row]) -> dict[str, Table]:
         [
             label,
             *(f"{sum(row[form][figure] for row in consumers):,.0f}" for figure in FIGURES),
-            str(sum(any(row[form][f] > row["specialised"][f] for f in FIGURES) for row in consumers)),
+            f"{sum(_is_dearer(row, form) for row in consumers)} of {len(consumers)}",
         ]
         for form, label in forms.items()
     ]
@@ -236,10 +236,16 @@ def tables(rows: list[Row]) -> dict[str, Table]:
         for consumer in dict.fromkeys(row["consumer"] for row in further)
     ]
     return {
-        "totals": Table(("", "instructions", "operations", "bytes", f"dearer, of {len(consumers)}"), totals),
+        "totals": Table(
+            ("", "instructions", "operations", "bytes", "comparisons in which it is dearer"), totals
+        ),
         "together": Table(("batch", "instructions", "operations", "bytes"), together),
         "window": Table(("consumer", "instructions", "operations", "bytes"), window),
     }
+
+
+def _is_dearer(row: Row, form: str) -> bool:
+    return any(row[form][figure] > row["specialised"][figure] for figure in FIGURES)
 
 
 def _shares(rows: list[Row], figure: str) -> str:

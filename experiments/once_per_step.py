@@ -389,11 +389,11 @@ def tables(rows: list[Row]) -> dict[str, Table]:
         "in every layer",
         "processor time, in every layer ÷ once (range)",
     )
-    reading = _of_kind(rows, "reading")
-    forms = list(dict.fromkeys(row["form"] for row in reading))
-    read = [[form, *(with_range(_ratios(row)) for row in reading if row["form"] == form)] for form in forms]
-    cases = dict.fromkeys(row["case"] for row in reading)
-    return {"stacks": Table(header, lines), "reading": Table(("form", *cases), read)}
+    read = [[row["case"], row["form"], with_range(_ratios(row))] for row in _of_kind(rows, "reading")]
+    return {
+        "stacks": Table(header, lines),
+        "reading": Table(("step", "form", "processor time, in every layer ÷ once (range)"), read),
+    }
 
 
 def plot(rows: list[Row]) -> Figure:
