@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 from experiment import Experiment, Row, Table
 from matplotlib.figure import Figure
+from pictures import draw
 from rich.progress import track
-from side_by_side import measure
-from turns import draw, milliseconds, rounds_of, times_as_long
+from side_by_side import measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, Sampling, nest_sequences
 from jaxattn.models import init_cache, init_params

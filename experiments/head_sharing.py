@@ -37,9 +37,9 @@ import numpy as np
 import optax
 from experiment import Experiment, Row, Table
 from matplotlib.figure import Figure
+from pictures import COLORS, MARKERS, draw
 from rich.progress import track
-from side_by_side import Call, measure
-from turns import COLORS, MARKERS, Range, draw, milliseconds, rounds_of, times_as_long
+from side_by_side import Call, Range, measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, nest_batches, nest_sequences, pack_best_fit
 from jaxattn.demo import dense_logits, next_token_loss, standard_library_functions, training_batches

@@ -32,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from experiment import Experiment, Row, Table
 from matplotlib.figure import Figure
+from pictures import COLORS, MARKERS
 from rich.progress import track
-from side_by_side import measure
-from turns import COLORS, MARKERS, milliseconds, rounds_of, times_as_long
+from side_by_side import measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, nest_sequences
 from jaxattn.demo import dense_logits

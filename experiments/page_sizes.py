@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from experiment import Experiment, Row, Table
 from matplotlib.figure import Figure
+from pictures import COLORS, MARKERS, draw
 from rich.progress import track
-from side_by_side import measure
-from turns import COLORS, MARKERS, Rounds, draw, milliseconds, rounds_of, times_as_long
+from side_by_side import Rounds, measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import AttentionSpec, RaggedBatch, attention, nest_sequences, prepare_metadata
 

@@ -1,4 +1,4 @@
-"""Colours and bars that the experiments' pictures share: a library."""
+"""Colours, bars and lines that the experiments' pictures share: a library."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from side_by_side import Range
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555", "#F0E442")
 """Okabe and Ito's colours, which the colour-blind tell apart too; for series in their order."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P")
+"""A form for each of the first six."""
 
 
 def white_figure(title: str, width: float, height: float) -> Figure:
@@ -41,6 +45,40 @@ def grouped_bars(
     turned = max(map(len, cases)) * len(cases) > 60
     axes.set_xticks(places, cases, rotation=25 if turned else 0, ha="right" if turned else "center")
     lighten(axes)
+
+
+def draw(
+    axes: Axes,
+    places: Sequence[float],
+    ranges: Sequence[Range],
+    number: int,
+    label: str,
+    linestyle: str = "-",
+) -> None:
+    """Draw a line through medians, with a bar for each range.
+
+    Args:
+        axes: Where.
+        places: On the x axis.
+        ranges: On the y axis.
+        number: Gives its colour and marker.
+        label: In the legend.
+        linestyle: As of matplotlib.
+    """
+    medians = [found.median for found in ranges]
+    below = [found.median - found.least for found in ranges]
+    above = [found.most - found.median for found in ranges]
+    axes.errorbar(
+        places,
+        medians,
+        yerr=[below, above],
+        color=COLORS[number % len(COLORS)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=5,
+        capsize=3,
+        linestyle=linestyle,
+        label=label,
+    )
 
 
 def level(axes: Axes, value: float = 1.0) -> None:

@@ -21,6 +21,10 @@ ROUND_NS = 250_000_000
 """A round of a candidate ends after this time, whatever the number of calls."""
 
 
+Rounds = Mapping[str, Sequence[float]]
+"""Per candidate, its microseconds in each round: time elapsed, or processor time."""
+
+
 class Timing(NamedTuple):
     """Microseconds per call.
 
@@ -34,6 +38,34 @@ class Timing(NamedTuple):
     median_us: float
     rounds_us: list[float]
     processor_us: list[float]
+
+
+class Range(NamedTuple):
+    """Some figures of the same thing.
+
+    Attributes:
+        median: Their median.
+        least: The least of them.
+        most: The largest.
+    """
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> Range:
+        """The range of at least one figure."""
+        return cls(statistics.median(figures), min(figures), max(figures))
+
+    def text(self, form: str = "") -> str:
+        """As it stands in a table: the median, with the range in parentheses.
+
+        Args:
+            form: How each is written; by default with two decimals, with fewer where it is large.
+        """
+        median, least, most = (f"{figure:{form}}" if form else _short(figure) for figure in self)
+        return f"{median} ({least} to {most})"
 
 
 def measure(calls: Mapping[str, Call], *, inputs: int, repeats: int, rounds: int) -> dict[str, Timing]:
@@ -98,6 +130,24 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def rounds_of(timings: Mapping[str, Timing]) -> dict[str, dict[str, list[float]]]:
+    """What of `measure` goes into a row of results: time elapsed, and processor time of all threads."""
+    return {
+        "elapsed_us": {name: timing.rounds_us for name, timing in timings.items()},
+        "processor_us": {name: timing.processor_us for name, timing in timings.items()},
+    }
+
+
+def times_as_long(rounds: Rounds, name: str, baseline: str) -> Range:
+    """How many times as long as a baseline a candidate takes, over the rounds."""
+    return Range.of([us / base for us, base in zip(rounds[name], rounds[baseline], strict=True)])
+
+
+def milliseconds(rounds: Rounds, name: str) -> float:
+    """The median of a candidate's rounds."""
+    return statistics.median(rounds[name]) / 1e3
+
+
 def ratios_by_round(
     timings: Mapping[str, Any], name: str, other: str, *, of: str = "rounds_us"
 ) -> list[float]:
@@ -115,8 +165,7 @@ def ratios_by_round(
 
 def with_range(values: Sequence[float]) -> str:
     """The median of some figures, and their range in parentheses."""
-    middle, least, most = statistics.median(values), min(values), max(values)
-    return f"{_short(middle)} ({_short(least)} to {_short(most)})"
+    return Range.of(values).text()
 
 
 def _short(value: float) -> str:

@@ -30,9 +30,9 @@ import numpy as np
 from compiled_cost import cost_of, program_cost
 from experiment import Experiment, Row, Table
 from matplotlib.figure import Figure
+from pictures import draw
 from rich.progress import track
-from side_by_side import measure
-from turns import Range, draw, milliseconds, rounds_of, times_as_long
+from side_by_side import Range, measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import (
     AttentionMetadata,

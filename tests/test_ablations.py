@@ -11,7 +11,7 @@ import numpy as np
 import packed_prefill
 import pytest
 import window_sizes
-from turns import Range, times_as_long
+from side_by_side import Range, times_as_long
 
 from jaxattn import Bucket, nest_sequences, next_token_targets
 from jaxattn.models import init_cache
