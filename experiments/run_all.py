@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from experiment import RESULTS, UNCOMMITTED, Experiment, read_result
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -97,6 +99,9 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="run nothing")
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
     arguments = parser.parse_args()
+    # What is compiled here runs a few times: most of compiling would go into speed that nobody needs.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of further processes
+    jax.config.update("jax_disable_most_optimizations", True)
     console = Console(width=120)
     for name in () if arguments.tables else arguments.names or NAMES:
         console.print(f"[bold]{name}[/]: {experiment(name).question}")
