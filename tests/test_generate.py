@@ -225,7 +225,8 @@ class TestManyPrompts:
         compiled = set(model.programs.compiled)
         calls = []
         assert run(num_pages=2, on_tokens=lambda i, new: calls.append((i, new)), **limit) == expected
-        assert set(model.programs.compiled) == compiled
+        new_programs = {name for name, *_ in set(model.programs.compiled) - compiled}
+        assert new_programs <= {"empty_cache", "choose_tokens"}  # none of one batch
         assert all(len(new) == 1 for _, new in calls)
         assert joined(calls) == expected
 
