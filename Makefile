@@ -61,7 +61,7 @@ experiments: $(VENV)/installed
 	$(PYTHON) experiments/run_all.py
 
 docs: $(VENV)/installed-notebooks
-	$(PYTHON) -m sphinx --fail-on-warning --keep-going notebooks notebooks/_build/html
+	$(PYTHON) -m sphinx --jobs 2 --fail-on-warning --keep-going notebooks notebooks/_build/html
 
 jupyter: $(VENV)/installed-notebooks
 	$(VENV)/bin/jupyter lab notebooks
