@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-EXAMPLES = int(os.environ.get("JAXATTN_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("JAXATTN_EXAMPLES", "20"))
 THOROUGH = 5000
 """Examples of the tests marked `slow`."""
-IS_QUICK = EXAMPLES < 30
+IS_QUICK = EXAMPLES < 20
 KEPT_EVERY = 5
 """Of a test's cases every fifth is kept: no factor of two, three or four values has the same one in all."""
 

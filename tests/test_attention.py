@@ -61,6 +61,7 @@ def check_against_reference(heads, window, soft_cap, page_size, head_dim, implem
         np.testing.assert_array_equal(padding, 0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(("heads", "window", "soft_cap", "page_size", "head_dim"), covering_selection())
 def test_agrees_with_reference(heads, window, soft_cap, page_size, head_dim, implementation):
@@ -279,6 +280,7 @@ def plain_attention(q, k, v, spec: AttentionSpec, dtype: str) -> np.ndarray:
     return np.asarray(jnp.einsum("nqk,knh->qnh", weights, v), np.float64)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("page_size", [None, 16])

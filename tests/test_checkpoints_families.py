@@ -53,6 +53,7 @@ def distance(got: list[np.ndarray], tensors: tiny.Tensors, config: dict, mistake
     return max(np.abs(g - w).max() for g, w in zip(got, wanted, strict=True))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_together_and_one_by_one(family, loaded, logits):
     config = tiny.FAMILIES[family]

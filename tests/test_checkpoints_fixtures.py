@@ -28,6 +28,7 @@ def programs_of(config: DecoderConfig) -> Programs:
     return Programs(config, np.dtype("float32"))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in NAMES]
 )

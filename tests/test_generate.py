@@ -60,6 +60,7 @@ def tokens(model) -> list[list[int]]:
     return generate(model, PROMPTS, NEW, implementation="reference")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", ["auto", "xla", "triton"])
 def test_every_backend_writes_the_same(model, tokens, implementation):
     assert generate(model, PROMPTS, NEW, implementation=implementation) == tokens
@@ -289,6 +290,7 @@ def test_programs_compiled_ahead_are_those_that_run(model):
     assert set(programs.compiled) == compiled
 
 
+@pytest.mark.slow
 def test_low_precision(model):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     low = Model.from_params(CONFIG, params)
@@ -345,6 +347,7 @@ class TestQuantisedCache:
 
         return model_that_rounds
 
+    @pytest.mark.thinned(2)
     @pytest.mark.parametrize("implementation", XLA_FIRST)
     def test_greedy_tokens(self, model, tokens, oracle, implementation):
         # Two programs may sum in another order: sooner or later a key is rounded up in one and down in the
@@ -355,6 +358,7 @@ class TestQuantisedCache:
         assert got != [new[:num] for new in tokens]
         assert got == run(oracle(scales, "int8"), PROMPTS, num)
 
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
     @pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
     def test_the_bits_of_a_step(self, model, oracle, dtype, implementation):
@@ -410,6 +414,7 @@ class TestQuantisedCache:
         monkeypatch.setattr("jaxattn.models.decoder.init_layer_cache", poisoned)
         assert generate(model, PROMPTS, 3, **options) == expected
 
+    @pytest.mark.slow
     def test_given_scales_make_prompts_independent(self, model):
         scales = calibrate_kv_scales(model, PROMPTS[:2], "int8")
         options = {"cache_dtype": "int8", "kv_scales": scales, "implementation": "xla"}

@@ -109,6 +109,7 @@ def test_without_pytorch_it_is_no_candidate():
         assert list(torch_baselines.candidates(case.shapes, sets=1)) == []
 
 
+@pytest.mark.slow
 def test_a_candidate_that_fails_is_recorded(monkeypatch):
     def broken():
         raise ImportError("no kernel for this GPU")

@@ -164,7 +164,7 @@ def check_step(step: Step, *implementations: str) -> None:
             np.testing.assert_array_equal(g[e == 0], 0)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(
     ("heads", "window", "soft_cap", "page_size", "head_dim"), covering_selection()[::2]
@@ -189,7 +189,7 @@ OPTIONS: list[tuple[dict[str, Any], int | None]] = [
 ]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(("options", "page_size"), OPTIONS)
 def test_several_tiles_and_blocks(options, page_size, implementation):
@@ -206,7 +206,7 @@ def test_the_same_bits_again(implementation):
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_low_precision_errs_no_more_than_the_definition_of_rounded_numbers(dtype, implementation):

@@ -112,6 +112,7 @@ def check(
         np.testing.assert_array_equal(g[e == 0], 0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if "group" in name else pytest.mark.slow) for name in LAYERS]
 )
@@ -124,6 +125,7 @@ def test_many_blocks():
     check(Workload("long", (1, 130), (250, 180), ""), layer(2, 1, sliding_window=290), 16)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_packed_keys(causal):
     check(ODD[0], layer(2, 1, causal=causal), None)

@@ -127,6 +127,7 @@ def assert_dense(got: Any, params: Any, spec: AttentionSpec, x: np.ndarray) -> N
     assert_as_good_as(got[: ENDS[-1]], plain, exact, jnp.dtype("float32"))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize(("implementation", "has_biases"), [("reference", False), ("xla", True)])
 def test_is_flax_own_attention_of_each_document(flavour, implementation, has_biases):
@@ -156,6 +157,7 @@ def test_is_flax_own_attention_of_each_document(flavour, implementation, has_bia
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["plain", "options"])
@@ -202,6 +204,7 @@ def test_initial_parameters(flavour):
                 np.testing.assert_array_equal(values, 0)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_paged_steps_give_what_the_packed_call_gives(flavour, implementation):
@@ -240,6 +243,7 @@ def test_paged_steps_give_what_the_packed_call_gives(flavour, implementation):
     assert_dense(np.concatenate([np.concatenate(output) for output in outputs]), params, GQA, x)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize(
     ("implementation", "poison"), [("reference", 1e6), ("xla", 1e6), ("xla", np.nan), ("xla", np.inf)]
@@ -375,6 +379,7 @@ def test_nnx_scan_over_layers(implementation, rematerialised):
     assert_close((got_value, nnx.to_pure_dict(got)), (value, stacked(gradients)))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("flavour", "implementation"), [("linen", "reference"), ("nnx", "xla")])
 def test_checkpointed_layers_have_the_same_gradients(flavour, implementation):
     x = features()
