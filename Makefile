@@ -39,7 +39,7 @@ ONLY_NEWEST := never_dearer laws exports scheduler gpu_harness packed_training c
   serve tune demo cli packing known_bugs checkpoints_safetensors decoder blackwell text sampling user_tables \
   inspect load_report checkpoints_config checkpoints_formats checkpoints_fixtures checkpoints_fuzz \
   experiments ablations notebooks docs viz html planner partition trace cli_buckets stacked readme \
-  int32_bounds launches
+  int32_bounds launches mosaic_gradient warmup nn
 test-oldest:
 	JAXATTN_EXAMPLES=5 $(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2" \
 	  OPTIONS="$(ONLY_NEWEST:%=--ignore=tests/test_%.py)"

@@ -75,6 +75,7 @@ def test_agrees_with_reference_full_matrix(heads, window, soft_cap, page_size, h
     check_against_reference(heads, window, soft_cap, page_size, head_dim, implementation)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(("window", "page_size"), [(None, 16), (7, 12), (600, 64), (300, 1)])
 def test_many_key_blocks(window, page_size, implementation):
@@ -85,6 +86,7 @@ def test_many_key_blocks(window, page_size, implementation):
     assert_as_good_as(got, plain, problem.expected(spec), jnp.dtype("float32"))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 @pytest.mark.parametrize(
     ("window", "soft_cap", "has_sinks"), [(None, None, True), (7, 5.0, False), (600, 5.0, True)]
@@ -177,6 +179,7 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(jnp.asarray(x, dtype), np.float32)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 @pytest.mark.parametrize(("kv_dtype", "dtype", "options", "workload"), QUANTIZED)
 def test_quantised_keys_and_values(kv_dtype, dtype, options, workload, implementation):
@@ -369,6 +372,7 @@ def test_the_others_change_no_bit_of_a_long_sequence(window, implementation):
         np.testing.assert_array_equal(alone[0], together[i])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 @pytest.mark.parametrize("workload", [ODD[2], LONG_DECODE], ids=lambda w: w.name)
 def test_decode_bucket_equals_general_bucket(workload, implementation):

@@ -81,6 +81,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_agrees_with_xla(name):
     spec, workload, page_size, dtype = LAYERS[name]
@@ -166,6 +167,7 @@ MISTAKES = {"none": (lambda monkeypatch: None, 149, False)} | WAITS | ARRIVALS |
 FEW = ("none", next(iter(WAITS)), next(iter(ARRIVALS)), *CALLS, *SPLIT)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "mistake", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MISTAKES]
 )

@@ -290,7 +290,6 @@ def test_programs_compiled_ahead_are_those_that_run(model):
     assert set(programs.compiled) == compiled
 
 
-@pytest.mark.slow
 def test_low_precision(model):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     low = Model.from_params(CONFIG, params)
@@ -422,6 +421,7 @@ class TestQuantisedCache:
         assert [generate(model, [prompt], NEW, **options)[0] for prompt in PROMPTS] == together
         assert not scales.k.is_deleted(), "the cache that is donated has its own"
 
+    @pytest.mark.slow
     def test_low_precision(self, model):
         low = Model.from_params(CONFIG, jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
         assert generate(low, PROMPTS, 3, cache_dtype="bfloat16") == generate(low, PROMPTS, 3)
@@ -583,7 +583,7 @@ class TestStoppingTheLoop:
             text.extend(tokens[row, : counts[row]].tolist())
             self.cached[row] = len(text) - 1  # the last token has been chosen, and not been read
 
-    @pytest.mark.thinned(2)
+    @pytest.mark.thinned(4)
     @pytest.mark.parametrize("implementation", ["xla", "triton"])
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_going_on_equals_never_having_stopped(self, model, implementation, temperature):
