@@ -16,7 +16,7 @@ help:
 	@echo "make test          the test suite"
 	@echo "make test-slow     the same with thorough settings"
 	@echo "make test-oldest   the suite on the oldest supported JAX"
-	@echo "make test-compile  compile every kernel to SASS, without a GPU"
+	@echo "make test-compile  compile the kernels to SASS, without a GPU; with KIND=compile in every case"
 	@echo "make resources     compile the main kernels, write registers and shared memory into the table and DESIGN.md"
 	@echo "make experiments   run every experiment in a small setting, rewrite the tables in experiments/README.md"
 	@echo "make jupyter       open the notebooks in JupyterLab"
@@ -45,9 +45,10 @@ test-oldest:
 	  OPTIONS="$(ONLY_NEWEST:%=--ignore=tests/test_%.py)"
 
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
+test-compile: KIND ?= compile and not slow
 test-compile:
 	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -n auto -m "compile and not slow"
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -n auto -m "$(KIND)"
 
 # What the kernels of today take, for review in the diff.
 resources:

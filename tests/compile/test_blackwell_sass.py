@@ -25,6 +25,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_kernels_stay_in_registers(case, tmp_path):
     kernels = compile_kernels(B200, MODULE, case, tmp_path)

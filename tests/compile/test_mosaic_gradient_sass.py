@@ -60,6 +60,7 @@ def resources_by_key(case: Case, kernels: list[Compiled]) -> dict[Key, Resources
     return dict(zip(keys_of(case), map(resources_of, kernels), strict=True))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_kernels_stay_in_registers(case, tmp_path):
     kernels = compile_case(case, tmp_path)
