@@ -42,7 +42,7 @@ ONLY_NEWEST := never_dearer laws exports scheduler gpu_harness packed_training c
   int32_bounds launches mosaic_gradient warmup nn
 test-oldest:
 	JAXATTN_EXAMPLES=5 $(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2" \
-	  OPTIONS="$(ONLY_NEWEST:%=--ignore=tests/test_%.py)"
+	  OPTIONS="$(ONLY_NEWEST:%=--ignore=tests/test_%.py) --deselect=tests/test_generate.py::TestQuantisedCache"
 
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile: KIND ?= compile and not slow
