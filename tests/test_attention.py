@@ -25,6 +25,8 @@ from jaxattn import (
 )
 from jaxattn.cases import ODD, Workload, nest_workload
 
+pytestmark = pytest.mark.thinned(2)
+
 # Long enough for several key blocks of every implementation.
 LONG = Workload("long", (1, 130, 3), (1299, 513, 600), "several key blocks")
 LONG_DECODE = Workload("long decode", (1, 1, 1, 1), (1299, 511, 512, 30), "split keys")

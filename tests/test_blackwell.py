@@ -36,7 +36,7 @@ from jaxattn_kernels import blackwell as kernel
 from jaxattn_kernels import mosaic_parts
 from jaxattn_kernels.mosaic_parts import KernelConfig
 
-pytestmark = pytest.mark.usefixtures("no_races")
+pytestmark = [pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
 BLACKWELL = "10.0"
 

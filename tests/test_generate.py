@@ -34,6 +34,8 @@ from jaxattn.models import Programs, forward, init_cache, init_params
 from jaxattn.models.options import PromptOptions, RowOptions
 from jaxattn.models.steps import step
 
+pytestmark = pytest.mark.thinned(2)
+
 CONFIG = DecoderConfig(
     vocab_size=97,
     hidden_size=64,

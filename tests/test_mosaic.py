@@ -33,7 +33,7 @@ from jaxattn.cases import ODD, Workload
 from jaxattn_kernels import mosaic as kernel
 from jaxattn_kernels import mosaic_parts
 
-pytestmark = pytest.mark.usefixtures("no_races")
+pytestmark = [pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
 
 @pytest.mark.thinned(3)

@@ -38,7 +38,7 @@ from jaxattn_kernels import mosaic_gradient as kernel
 from jaxattn_kernels import mosaic_parts
 from jaxattn_kernels.arrays import Attended
 
-pytestmark = pytest.mark.usefixtures("no_races")
+pytestmark = [pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
 
 def gradients_by(attend: Any, spec: AttentionSpec):
