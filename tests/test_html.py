@@ -16,6 +16,7 @@ from jaxattn import (
     AttentionSpec,
     Bucket,
     BucketGrid,
+    BucketPlan,
     PagePool,
     abstract_batch,
     init_cache,
@@ -230,3 +231,12 @@ def test_text_is_escaped(text, value, limit):
     )
     assert "".join(read(pieces).text).replace("\r", "").count(text.replace("\r", "")) >= 1
     assert read(table([text], [])).text or not text
+
+
+def test_a_plan_shows_its_buckets_in_order_and_how_many_more():
+    buckets = tuple(Bucket(n, min(n, 4), 16, max_q_len=1 if n == 1 else n) for n in range(1, 13))
+    shown = BucketPlan(buckets)._repr_html_()
+    assert "12 buckets" in shown
+    assert "decode" in shown
+    assert shown.index(">1<") < shown.index(">2<")
+    assert "and 4 more" in shown
