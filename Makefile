@@ -57,7 +57,7 @@ resources:
 	  .venv-compile/bin/python tests/compile/write_resources.py --write DESIGN.md
 
 tables: $(VENV)/installed
-	$(PYTHON) -m jaxattn.field_tables README.md DESIGN.md
+	PYTHONPATH=.:kernels $(PYTHON) tests/support/field_tables.py README.md DESIGN.md
 	PYTHONPATH=.:kernels $(PYTHON) tests/compile/write_resources.py DESIGN.md
 
 experiments: $(VENV)/installed

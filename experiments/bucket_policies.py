@@ -32,10 +32,13 @@ from experiment import Experiment, Row, Table
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from jaxattn import BatchLog, Bucket, PagePool, Scheduler, Trace, fit_of, largest_step, plan_curve, read_trace
-from jaxattn.demo import standard_library_functions
-from jaxattn.planner import FIXED_GRIDS, grid_curve, unpadded_cost
-from jaxattn.viz_buckets import draw_tradeoff
+from jaxattn import Bucket, PagePool
+from jaxattn.batch import BatchLog, Trace, read_trace
+from jaxattn.cli.demo import standard_library_functions
+from jaxattn.planning import fit_of, plan_curve
+from jaxattn.planning.planner import FIXED_GRIDS, grid_curve, unpadded_cost
+from jaxattn.serving import Scheduler, largest_step
+from jaxattn.viz.buckets import draw_tradeoff
 
 PAGE_SIZE = 16
 PLAN, ROOMY = "plan", "plan, headroom"

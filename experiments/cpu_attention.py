@@ -1,7 +1,7 @@
 """How fast is `xla` on a CPU, against attention over a padded batch?
 
-What does walking over tiles save where sequences differ in length? Every workload of `jaxattn.cases.SERVING`
-runs in turns on
+What does walking over tiles save where sequences differ in length? Every workload of
+`jaxattn.measuring.workloads.SERVING` runs in turns on
 
 - `padded`: gather the pages of every sequence to the longest length, pad the queries likewise, and attend
   densely, as `jax.nn` users do;
@@ -28,7 +28,7 @@ from rich.progress import track
 from side_by_side import Call, measure, ratios_by_round, with_range
 
 from jaxattn import AttentionSpec, attention, prepare_metadata
-from jaxattn.cases import SERVING, Workload, nest_workload, random_page_tables
+from jaxattn.measuring.workloads import SERVING, Workload, nest_workload, random_page_tables
 
 SPEC = AttentionSpec(num_q_heads=8, num_kv_heads=2, head_dim=64)
 PAGE_SIZE = 16
@@ -39,7 +39,7 @@ class Config:
     """Which workloads, and how often."""
 
     workloads: tuple[str, ...] = tuple(workload.name for workload in SERVING)
-    """Names in `jaxattn.cases.SERVING`."""
+    """Names in `jaxattn.measuring.workloads.SERVING`."""
     rounds: int = 5
     """Rounds of timing; the candidates take turns."""
     repeats: int = 3

@@ -40,8 +40,9 @@ from side_by_side import measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, Sampling, nest_sequences
 from jaxattn.models import init_cache, init_params
-from jaxattn.models.decoder import Cache, Params
+from jaxattn.models.layer_caches import Cache
 from jaxattn.models.options import PromptOptions, RowOptions
+from jaxattn.models.params import Params
 from jaxattn.models.steps import Decoding, decode, prefill, step
 
 BASELINE = "device loop"

@@ -48,9 +48,10 @@ from rich.console import Console
 from rich.table import Table
 from side_by_side import provenance
 
-from jaxattn import AttentionSpec, Bucket, RaggedBatch, attention, mosaic, prepare_metadata
-from jaxattn.cases import ODD, Workload, nest_workload, random_page_tables
-from jaxattn.timing import Measured, measure
+from jaxattn import AttentionSpec, Bucket, RaggedBatch, attention, prepare_metadata
+from jaxattn.attention import mosaic
+from jaxattn.measuring.timing import Measured, measure
+from jaxattn.measuring.workloads import ODD, Workload, nest_workload, random_page_tables
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 KERNELS = (

@@ -42,9 +42,10 @@ from rich.progress import track
 from side_by_side import Call, Range, measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, nest_batches, nest_sequences, pack_best_fit
-from jaxattn.demo import dense_logits, next_token_loss, standard_library_functions, training_batches
+from jaxattn.cli.demo import dense_logits, next_token_loss, standard_library_functions, training_batches
 from jaxattn.models import Model, abstract_params, init_cache, init_params
-from jaxattn.models.decoder import Cache, Params
+from jaxattn.models.layer_caches import Cache
+from jaxattn.models.params import Params
 from jaxattn.models.steps import step
 
 BASELINE = "MHA"

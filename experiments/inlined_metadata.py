@@ -32,7 +32,9 @@ from serving_steps import CASES, INPUTS, PAGE_SIZE, Case, bucket_of, draw_steps,
 from side_by_side import Call, measure, ratios_by_round, with_range
 
 from jaxattn import AttentionMetadata, DecoderConfig, RaggedBatch, prepare_metadata
-from jaxattn.models.decoder import forward, init_cache, init_params, unembed
+from jaxattn.models.decoder import forward, unembed
+from jaxattn.models.layer_caches import init_cache
+from jaxattn.models.params import init_params
 
 DECODER = DecoderConfig(
     vocab_size=256,

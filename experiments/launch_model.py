@@ -14,12 +14,12 @@ import heapq
 import numpy as np
 
 from jaxattn import AttentionSpec, Bucket, prepare_metadata
-from jaxattn.batch import DEFAULT_GRID
-from jaxattn.cases import SERVING, Workload, nest_workload, random_page_tables
-from jaxattn.consumers import triton_tiling
-from jaxattn.schedule import Tiles
-from jaxattn_kernels.triton import config_for
-from jaxattn_kernels.triton_parts import KernelConfig
+from jaxattn.batch.nest import DEFAULT_GRID
+from jaxattn.measuring.workloads import SERVING, Workload, nest_workload, random_page_tables
+from jaxattn.metadata.consumers import triton_tiling
+from jaxattn.metadata.schedule import Tiles
+from jaxattn_kernels.triton.forward import config_for
+from jaxattn_kernels.triton.parts import KernelConfig
 
 SPEC = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128)
 PAGE_SIZE = 16

@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from pictures import grouped_bars, level, white_figure
 from rich.progress import track
 
-from jaxattn.schedule import Tiles
-from jaxattn_kernels.triton_parts import MAX_PROGRAMS
+from jaxattn.metadata.schedule import Tiles
+from jaxattn_kernels.triton.parts import MAX_PROGRAMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class Launch(NamedTuple):
 
 
 def launches_of(tiles: Tiles, kernel: str) -> list[Launch]:
-    """The launches for one list of tiles, as `jaxattn_kernels.triton` makes them."""
+    """The launches for one list of tiles, as `jaxattn_kernels.triton.forward` makes them."""
     parts = programs_per_unit(tiles.block_q)
     num_tiles, live_tiles, attending = tiles.seq.shape[0], int(tiles.num_live), int(tiles.num_attending)
     if tiles.split is None:

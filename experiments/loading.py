@@ -45,9 +45,10 @@ from pictures import grouped_bars, white_figure
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
 
-from jaxattn import DecoderConfig, load_model, plan_generation, save_params
+from jaxattn import DecoderConfig, load_model, save_params
 from jaxattn.checkpoints import config_to_dict, inspect, load_params
 from jaxattn.models import init_params
+from jaxattn.serving import plan_generation
 
 MIB = 2**20
 POLL_SECONDS = 0.002

@@ -49,14 +49,14 @@ ROOT = Path(__file__).parent.parent
 MODULES = ("jaxattn/batch.py", "jaxattn/metadata.py", "jaxattn/schedule.py")
 # pytest stops at the first failure, so what fails on most mutants stands first.
 TESTS = (
-    "tests/test_batch.py",
-    "tests/test_fields.py",
-    "tests/test_metadata.py",
-    "tests/test_extension.py",
-    "tests/test_int32_bounds.py",
+    "tests/batch/test_nest.py",
+    "tests/metadata/test_fields.py",
+    "tests/metadata/test_prepare.py",
+    "tests/attention/test_extension.py",
+    "tests/attention/test_int32_bounds.py",
 )
 # Slow, and tried on those that survive all others.
-LAST_TESTS = ("tests/test_known_bugs.py", "tests/test_laws.py")
+LAST_TESTS = ("tests/laws/test_known_bugs.py", "tests/laws/test_laws.py")
 EXAMPLES = 50
 KINDS = ("ReplaceBinaryOperator", "ReplaceComparisonOperator", "ReplaceUnaryOperator", "ReplaceAndWithOr",
          "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "AddNot", "NumberReplacer",

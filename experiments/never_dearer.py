@@ -34,9 +34,9 @@ from specialised_metadata import (
 )
 
 from jaxattn import AttentionSpec, Bucket, RaggedBatch, RopeConfig, prepare_metadata
-from jaxattn.batch import abstract_batch
-from jaxattn.consumers import CONSUMERS
-from jaxattn.spec import WindowClass
+from jaxattn.batch.ragged import abstract_batch
+from jaxattn.metadata.consumers import CONSUMERS
+from jaxattn.metadata.spec import WindowClass
 
 Layers = tuple[AttentionSpec, ...]
 

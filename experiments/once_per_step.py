@@ -45,7 +45,7 @@ from jaxattn import (
     nest_sequences,
     prepare_metadata,
 )
-from jaxattn.batch import abstract_batch
+from jaxattn.batch.ragged import abstract_batch
 
 FORMS = (
     "loop",

@@ -37,9 +37,9 @@ from rich.progress import track
 from side_by_side import measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, nest_sequences
-from jaxattn.demo import dense_logits
+from jaxattn.cli.demo import dense_logits
 from jaxattn.models import Model, init_params
-from jaxattn.models.decoder import Params
+from jaxattn.models.params import Params
 from jaxattn.models.steps import score
 
 BASELINE = "packed"

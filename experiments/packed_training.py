@@ -39,9 +39,9 @@ from side_by_side import measure, with_range
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, nest_batches, nest_sequences, pack_best_fit
 from jaxattn.checkpoints import save_params
-from jaxattn.demo import dense_logits, next_token_loss, standard_library_functions
+from jaxattn.cli.demo import dense_logits, next_token_loss, standard_library_functions
 from jaxattn.models import Model, init_params
-from jaxattn.models.decoder import Params
+from jaxattn.models.params import Params
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from pictures import grouped_bars, white_figure
 from rich.progress import track
 
-from jaxattn import Bucket, pack_best_fit, pack_first_fit_decreasing
-from jaxattn.demo import TRAIN_BUCKET, standard_library_functions
+from jaxattn import Bucket, pack_best_fit
+from jaxattn.cli.demo import TRAIN_BUCKET, standard_library_functions
+from jaxattn.training import pack_first_fit_decreasing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,8 @@
 """What each consumer reads, derived for it alone: what the superset must never be dearer than.
 
 Every function here takes a `RaggedBatch` and returns exactly the arrays that one implementation of
-attention, or the decoder, reads. Nothing of `jaxattn.metadata` is used, and of `jaxattn.schedule` only the
-type of a tiling. They are written as by somebody who knows that consumer and its bucket, and owes
-nobody else a field: only what is read is derived; what can be folded into one value per row, and so
+attention, or the decoder, reads. Nothing of `jaxattn.metadata` is used but the type of a tiling. They are
+written as by somebody who knows that consumer and its bucket, and owes nobody else a field: only what is read is derived; what can be folded into one value per row, and so
 gathered once per token, is; keys that are not paged are known to be as many as queries; and where every
 sequence has one token, no tile is searched for.
 
@@ -21,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import AttentionMetadata, AttentionSpec, RaggedBatch
-from jaxattn.consumers import KEY_BLOCK, MOSAIC_KEY_BLOCK, mosaic_tiling, triton_tiling, xla_tiling
-from jaxattn.schedule import Tiling
-from jaxattn.spec import Visibility, WindowClass
+from jaxattn.metadata.consumers import KEY_BLOCK, MOSAIC_KEY_BLOCK, mosaic_tiling, triton_tiling, xla_tiling
+from jaxattn.metadata.schedule import Tiling
+from jaxattn.metadata.spec import Visibility, WindowClass
 
 Arrays = dict[str, jax.Array]
 
@@ -242,7 +241,7 @@ SPLIT = ("tile", "kv_start", "kv_end", "indptr")
 
 
 def reference_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
-    """What `jaxattn.reference` reads."""
+    """What `jaxattn.attention.reference` reads."""
     tokens = _tokens(batch)
     found = {"token_to_seq": tokens.seq}
     if batch.page_size is None:
@@ -255,28 +254,28 @@ def reference_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arra
 
 
 def xla_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
-    """What `jaxattn.xla` reads."""
+    """What `jaxattn.attention.xla` reads."""
     return _tile_reader(batch, specs, xla_tiling)
 
 
 def triton_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
-    """What `jaxattn.triton` reads."""
+    """What `jaxattn.attention.triton` reads."""
     return _tile_reader(batch, specs, triton_tiling)
 
 
 def mosaic_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
-    """What `jaxattn.mosaic` reads."""
+    """What `jaxattn.attention.mosaic` reads."""
     return _tile_reader(batch, specs, mosaic_tiling)
 
 
 def triton_gradient_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
-    """What `jaxattn.triton_gradient` reads."""
+    """What `jaxattn.attention.triton_gradient` reads."""
     specs = tuple(specs)
     return _with_key_tiles(triton_arrays(batch, specs), batch, specs, KEY_BLOCK)
 
 
 def mosaic_gradient_arrays(batch: RaggedBatch, specs: Iterable[AttentionSpec]) -> Arrays:
-    """What `jaxattn.mosaic_gradient` reads."""
+    """What `jaxattn.attention.mosaic_gradient` reads."""
     specs = tuple(specs)
     return _with_key_tiles(mosaic_arrays(batch, specs), batch, specs, MOSAIC_KEY_BLOCK)
 

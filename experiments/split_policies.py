@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from pictures import grouped_bars, level, white_figure
 from rich.progress import track
 
-from jaxattn.consumers import SPLIT_KEYS
-from jaxattn.schedule import Tiles
+from jaxattn.metadata.consumers import SPLIT_KEYS
+from jaxattn.metadata.schedule import Tiles
 
 BY_BATCH = ("fits", "even")
 """The policies that depend on the batch."""

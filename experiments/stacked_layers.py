@@ -20,8 +20,9 @@ from pictures import grouped_bars, level, white_figure
 from rich.progress import track
 from side_by_side import measure, ratios_by_round, with_range
 
-from jaxattn import DecoderConfig, generate, plan_generation
+from jaxattn import DecoderConfig, generate
 from jaxattn.models import Model, init_params, stack_layers
+from jaxattn.serving import plan_generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,8 +43,8 @@ from jaxattn import (
     nest_sequences,
     prepare_metadata,
 )
-from jaxattn.consumers import xla_tiling
-from jaxattn.xla import LONG_BLOCK_K, SHORT_BLOCK_K
+from jaxattn.attention.xla import LONG_BLOCK_K, SHORT_BLOCK_K
+from jaxattn.metadata.consumers import xla_tiling
 
 PAGE_SIZE = 16
 NONE = "none"

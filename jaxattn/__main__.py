@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxattn.cli import run
+from jaxattn.cli.main import run
 
 
 def main() -> None:

@@ -25,17 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn import (
-    CONSUMERS,
     AttentionSpec,
-    MissingFieldError,
     attention,
     choose_implementation,
-    exports,
     init_cache,
+    interop,
     prepare_metadata,
     write_cache,
 )
-from jaxattn.cases import Workload, nest_workload, random_page_tables
+from jaxattn.measuring.workloads import Workload, nest_workload, random_page_tables
+from jaxattn.metadata import CONSUMERS, MissingFieldError
 
 # %% [markdown]
 # ## One batch of everything
@@ -142,10 +141,10 @@ print(everything.as_text().count(" = "), "instructions")
 # %% [markdown]
 # ## Other systems' conventions
 #
-# `jaxattn.exports` hands the same batch to libraries outside: each with its own names, padding and order.
+# `jaxattn.interop` hands the same batch to libraries outside: each with its own names, padding and order.
 
 # %%
-vllm = exports.to_vllm(metadata, max_pages_per_seq=8)
+vllm = interop.to_vllm(metadata, max_pages_per_seq=8)
 print("query_start_loc", vllm.query_start_loc[:6], "…")
 print("seq_lens       ", vllm.seq_lens[:6], "…")
 print("slot_mapping   ", vllm.slot_mapping[:6], "…")

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn import AttentionSpec, Bucket, attention, prepare_metadata
-from jaxattn.cases import Workload, nest_workload, random_page_tables
-from jaxattn.consumers import triton_tiling, xla_tiling
+from jaxattn.measuring.workloads import Workload, nest_workload, random_page_tables
+from jaxattn.metadata.consumers import triton_tiling, xla_tiling
 from jaxattn.viz import padding_waste, plot_mask, plot_programs, plot_schedule
 
 # %% [markdown]

@@ -26,19 +26,11 @@ import jax
 import numpy as np
 import optax
 
-from jaxattn import (
-    Bucket,
-    DecoderConfig,
-    Sampling,
-    compute_logits,
-    generate,
-    load_model,
-    plan_generation,
-    save_params,
-)
+from jaxattn import Bucket, DecoderConfig, Sampling, compute_logits, generate, load_model, save_params
 from jaxattn.checkpoints import CheckpointError, inspect
-from jaxattn.demo import next_token_loss, standard_library_functions, training_batches
+from jaxattn.cli.demo import next_token_loss, standard_library_functions, training_batches
 from jaxattn.models import init_params
+from jaxattn.serving import plan_generation
 
 # %% [markdown]
 # ## A checkpoint

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxattn import AttentionSpec, Consumer, attention, nest_sequences, prepare_metadata
+from jaxattn import AttentionSpec, attention, nest_sequences, prepare_metadata
+from jaxattn.metadata import Consumer
 from jaxattn.viz import plot_mask
 
 # %% [markdown]

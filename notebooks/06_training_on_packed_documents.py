@@ -33,12 +33,12 @@ from jaxattn import (
     nest_batches,
     nest_sequences,
     next_token_cross_entropy,
-    next_token_targets,
     pack_best_fit,
     prepare_metadata,
 )
-from jaxattn.demo import standard_library_functions
+from jaxattn.cli.demo import standard_library_functions
 from jaxattn.nn.nnx import Attention
+from jaxattn.training import next_token_targets
 from jaxattn.viz import padding_waste, plot_mask
 
 # %% [markdown]

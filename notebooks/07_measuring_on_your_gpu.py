@@ -31,22 +31,13 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxattn import (
-    AttentionSpec,
-    Bucket,
-    Trace,
-    attention,
-    choose_implementation,
-    fit_of,
-    plan_buckets,
-    powers_of_two,
-    prepare_metadata,
-    quarter_steps,
-)
-from jaxattn.cases import Workload, nest_workload
-from jaxattn.choice import describe_device
-from jaxattn.timing import measure
-from jaxattn.tune import default_plan, tune
+from jaxattn import AttentionSpec, Bucket, attention, choose_implementation, prepare_metadata
+from jaxattn.attention.choice import describe_device
+from jaxattn.batch import Trace, powers_of_two, quarter_steps
+from jaxattn.measuring.timing import measure
+from jaxattn.measuring.tune import default_plan, tune
+from jaxattn.measuring.workloads import Workload, nest_workload
+from jaxattn.planning import fit_of, plan_buckets
 
 print(describe_device())
 print(f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}")

@@ -64,7 +64,7 @@ python_maximum_signature_line_length = 90
 toc_object_entries_show_parents = "hide"
 
 OVERLOADED = {
-    "jaxattn.attention": ["attention"],
+    "jaxattn.attention.api": ["attention"],
     "jaxattn.models.decoder": ["forward"],
     "jaxattn.nn.linen": ["Attention.__call__"],
     "jaxattn.nn.nnx": ["Attention.__call__"],
@@ -86,7 +86,7 @@ def show_one_signature(app: Sphinx) -> None:
 
 def skip_member(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
     """Leave out what stands elsewhere: fields of metadata in their table, those of tuples in the class."""
-    from jaxattn.fields import MetadataField
+    from jaxattn.metadata.fields import MetadataField
 
     is_tuple_field = "Alias for field number" in (getattr(obj, "__doc__", None) or "")
     return True if is_tuple_field or isinstance(obj, MetadataField) else None

@@ -9,15 +9,15 @@ shapes are compared with the config before any weight is read; every disagreemen
 """
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.hf_config import config_from_dict, config_to_dict
+from jaxattn.checkpoints.families.hf_config import config_from_dict, config_to_dict
 from jaxattn.checkpoints.inspection import Inspection, inspect
+from jaxattn.checkpoints.layouts.rows import Row
+from jaxattn.checkpoints.layouts.user_tables import read_table
 from jaxattn.checkpoints.load import LoadedModel, load_model, load_params
 from jaxattn.checkpoints.manifest import MANIFEST, write_manifest
 from jaxattn.checkpoints.opening import load_config
 from jaxattn.checkpoints.report import LoadReport
-from jaxattn.checkpoints.rows import Row
 from jaxattn.checkpoints.save import save_params
-from jaxattn.checkpoints.user_tables import read_table
 from jaxattn.models import abstract_params
 
 __all__ = [

@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxattn.checkpoints.mapping import leaf_name
-from jaxattn.models.decoder import Params
+from jaxattn.checkpoints.layouts.mapping import leaf_name
+from jaxattn.models.params import Params
 
 
 class Filling:

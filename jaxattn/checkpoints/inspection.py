@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.hf_config import read_config
+from jaxattn.checkpoints.families.hf_config import read_config
+from jaxattn.checkpoints.layouts.hugging_face import choose_table
+from jaxattn.checkpoints.layouts.mapping import Leaf, match, normalize, weights_among
+from jaxattn.checkpoints.layouts.user_tables import Table, resolve_table
 from jaxattn.checkpoints.locate import Location, locate
-from jaxattn.checkpoints.mapping import Leaf, match, normalize, weights_among
 from jaxattn.checkpoints.opening import format_of, infer_config, open_weights
-from jaxattn.checkpoints.tables import choose_table
-from jaxattn.checkpoints.user_tables import Table, resolve_table
 from jaxattn.models import DecoderConfig
 
 # What tells a layout, by names in their one spelling; the first that is found.

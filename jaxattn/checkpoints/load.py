@@ -14,13 +14,13 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from jaxattn.checkpoints.mapping import HEAD, Plan
+from jaxattn.checkpoints.layouts.mapping import HEAD, Plan
+from jaxattn.checkpoints.layouts.user_tables import Table
 from jaxattn.checkpoints.opening import Checkpoint, open_checkpoint
 from jaxattn.checkpoints.report import HostMemory, LoadReport, reading_bar
-from jaxattn.checkpoints.user_tables import Table
-from jaxattn.compiles import compile_cache, count_compiles
+from jaxattn.compiling.compiles import compile_cache, count_compiles
 from jaxattn.models import DecoderConfig, Model, Programs
-from jaxattn.models.decoder import Params
+from jaxattn.models.params import Params
 
 COMPILE_MODES = ("overlap", "lazy", "none")
 

@@ -13,20 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattn.checkpoints.errors import CheckpointError
+from jaxattn.checkpoints.families.gemma_variants import config_of_variant
+from jaxattn.checkpoints.families.hf_config import read_config
 from jaxattn.checkpoints.filling import Filling
-from jaxattn.checkpoints.gemma_table import is_gemma_library
-from jaxattn.checkpoints.gemma_variants import config_of_variant
-from jaxattn.checkpoints.hf_config import read_config
+from jaxattn.checkpoints.formats.weights import Weights
+from jaxattn.checkpoints.layouts.gemma_library import is_gemma_library
+from jaxattn.checkpoints.layouts.hugging_face import choose_table
+from jaxattn.checkpoints.layouts.mapping import Leaf, Plan, match, spelled_shapes
+from jaxattn.checkpoints.layouts.maxtext import is_maxtext
+from jaxattn.checkpoints.layouts.rows import Layout
+from jaxattn.checkpoints.layouts.user_tables import Table, resolve_table
 from jaxattn.checkpoints.locate import CONFIG, Location, as_path, locate
 from jaxattn.checkpoints.manifest import verify_manifest
-from jaxattn.checkpoints.mapping import Leaf, Plan, match, spelled_shapes
-from jaxattn.checkpoints.maxtext_table import is_maxtext
-from jaxattn.checkpoints.rows import Layout
-from jaxattn.checkpoints.tables import choose_table
-from jaxattn.checkpoints.user_tables import Table, resolve_table
-from jaxattn.checkpoints.weights import Weights
 from jaxattn.models import DecoderConfig, abstract_params
-from jaxattn.models.decoder import Params
+from jaxattn.models.params import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -188,18 +188,18 @@ def open_weights(location: Location) -> Weights:
     # Imported here, as Orbax takes 0.6 s and Flax 0.4 s of a session's start, `import jaxattn` 1 s,
     # and many sessions load nothing.
     if location.is_old_orbax:
-        from jaxattn.checkpoints.old_orbax_weights import open_old_orbax
+        from jaxattn.checkpoints.formats.old_orbax import open_old_orbax
 
         return open_old_orbax(location.weights)
     if location.is_orbax:
-        from jaxattn.checkpoints.orbax_weights import open_orbax
+        from jaxattn.checkpoints.formats.orbax import open_orbax
 
         return open_orbax(location.weights)
     if location.is_safetensors:
-        from jaxattn.checkpoints.safetensors_weights import open_safetensors
+        from jaxattn.checkpoints.formats.safetensors import open_safetensors
 
         return open_safetensors(location.weights)
-    from jaxattn.checkpoints.msgpack_weights import open_msgpack
+    from jaxattn.checkpoints.formats.msgpack import open_msgpack
 
     return open_msgpack(location.weights)
 

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.hf_config import config_to_dict
+from jaxattn.checkpoints.families.hf_config import config_to_dict
+from jaxattn.checkpoints.layouts.hugging_face import flax_table
+from jaxattn.checkpoints.layouts.mapping import expand, leaf_name
+from jaxattn.checkpoints.layouts.rows import Layout
 from jaxattn.checkpoints.locate import CONFIG
 from jaxattn.checkpoints.manifest import write_manifest
-from jaxattn.checkpoints.mapping import expand, leaf_name
-from jaxattn.checkpoints.rows import Layout
-from jaxattn.checkpoints.tables import flax_table
 from jaxattn.models import DecoderConfig, abstract_params, unstack_layers
-from jaxattn.models.decoder import Params
+from jaxattn.models.params import Params
 
 
 def save_params(path: str | os.PathLike[str], params: Params, config: DecoderConfig) -> None:
@@ -35,7 +35,7 @@ def save_params(path: str | os.PathLike[str], params: Params, config: DecoderCon
         CheckpointError: If there is something at the path, the config cannot be written, or the parameters
             are not those of the config. In all cases nothing has been written.
     """
-    from jaxattn.checkpoints.orbax_weights import write_orbax  # slow to import; see load.py
+    from jaxattn.checkpoints.formats.orbax import write_orbax  # slow to import; see load.py
 
     folder = Path(path).expanduser().absolute()
     described = json.dumps(config_to_dict(config), indent=2)

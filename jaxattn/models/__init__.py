@@ -1,19 +1,13 @@
 """One decoder; what differs between families is data in its config."""
 
+from jaxattn.metadata.rope import RopeConfig
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import (
-    abstract_params,
-    check_cache_dtype,
-    check_kv_scales,
-    forward,
-    init_cache,
-    init_params,
-    unembed,
-)
+from jaxattn.models.decoder import forward, unembed
+from jaxattn.models.layer_caches import check_cache_dtype, check_kv_scales, init_cache
+from jaxattn.models.params import abstract_params, init_params
 from jaxattn.models.programs import Model, Programs
 from jaxattn.models.sampling import Sampling
 from jaxattn.models.stacked import stack_layers, unstack_layers
-from jaxattn.rope import RopeConfig
 
 __all__ = [
     "DecoderConfig",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxattn.rope import RopeConfig
-from jaxattn.spec import AttentionSpec
+from jaxattn.metadata.rope import RopeConfig
+from jaxattn.metadata.spec import AttentionSpec
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 

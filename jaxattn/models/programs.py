@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxattn.batch import abstract_batch
-from jaxattn.buckets import Bucket
-from jaxattn.cache import is_quantized
-from jaxattn.compiles import compile_cache
+from jaxattn.batch.bucket import Bucket
+from jaxattn.batch.ragged import abstract_batch
+from jaxattn.cache.quantization import is_quantized
+from jaxattn.compiling.compiles import compile_cache
 from jaxattn.models import steps
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import Cache, Params, abstract_params, check_cache_dtype, init_cache, replicated
+from jaxattn.models.layer_caches import Cache, check_cache_dtype, init_cache
 from jaxattn.models.options import RowOptions
+from jaxattn.models.params import Params, abstract_params, replicated
 from jaxattn.models.sampling import SamplingArrays
 from jaxattn.models.stacked import is_stacked
 from jaxattn_kernels.arrays import KVScales

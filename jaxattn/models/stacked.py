@@ -17,9 +17,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxattn.cache import PagedKVCache
-from jaxattn.metadata import AttentionMetadata
-from jaxattn.spec import AttentionSpec
+from jaxattn.cache.paged import PagedKVCache
+from jaxattn.metadata.spec import AttentionSpec
+from jaxattn.metadata.superset import AttentionMetadata
 
 Params = dict[str, Any]
 

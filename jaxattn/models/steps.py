@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxattn.batch import RaggedBatch, advance
-from jaxattn.cache import quantization_scale
-from jaxattn.metadata import prepare_metadata
+from jaxattn.batch.advance import advance
+from jaxattn.batch.ragged import RaggedBatch
+from jaxattn.cache.quantization import quantization_scale
+from jaxattn.metadata.prepare import prepare_metadata
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.decoder import Cache, Params, forward, init_cache, unembed
+from jaxattn.models.decoder import forward, unembed
+from jaxattn.models.layer_caches import Cache, init_cache
 from jaxattn.models.options import RowOptions
+from jaxattn.models.params import Params
 from jaxattn.models.sampling import SamplingArrays, sample
 from jaxattn_kernels.arrays import KVScales
 

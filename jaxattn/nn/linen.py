@@ -10,10 +10,10 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float
 
-from jaxattn.cache import PagedKVCache
-from jaxattn.layer import attend_layer
-from jaxattn.metadata import AttentionMetadata
-from jaxattn.spec import AttentionSpec
+from jaxattn.attention.layer import attend_layer
+from jaxattn.cache.paged import PagedKVCache
+from jaxattn.metadata.spec import AttentionSpec
+from jaxattn.metadata.superset import AttentionMetadata
 
 
 class Attention(nn.Module):

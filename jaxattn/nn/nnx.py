@@ -11,10 +11,10 @@ from flax.nnx.nn.linear import default_kernel_init
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float
 
-from jaxattn.cache import PagedKVCache
-from jaxattn.layer import attend_layer
-from jaxattn.metadata import AttentionMetadata
-from jaxattn.spec import AttentionSpec
+from jaxattn.attention.layer import attend_layer
+from jaxattn.cache.paged import PagedKVCache
+from jaxattn.metadata.spec import AttentionSpec
+from jaxattn.metadata.superset import AttentionMetadata
 
 
 class Attention(nnx.Module):

@@ -8,7 +8,7 @@ import jax
 
 
 class TileArrays(NamedTuple):
-    """A list of W tiles, as int32 arrays of length W (see `jaxattn.schedule.Tiles`)."""
+    """A list of W tiles, as int32 arrays of length W (see `jaxattn.metadata.schedule.Tiles`)."""
 
     seq: jax.Array
     q_start: jax.Array
@@ -18,7 +18,7 @@ class TileArrays(NamedTuple):
 
 
 class SplitArrays(NamedTuple):
-    """How the keys of W tiles are split into U units (see `jaxattn.schedule.SplitPlan`).
+    """How the keys of W tiles are split into U units (see `jaxattn.metadata.schedule.SplitPlan`).
 
     Attributes:
         tile: `[U]` Tile of the unit; W for a dead one.
@@ -34,7 +34,7 @@ class SplitArrays(NamedTuple):
 
 
 class KeyTileArrays(NamedTuple):
-    """A list of W tiles of keys, as int32 arrays of length W (see `jaxattn.schedule.KeyTiles`).
+    """A list of W tiles of keys, as int32 arrays of length W (see `jaxattn.metadata.schedule.KeyTiles`).
 
     Attributes:
         seq: Row of the tile's sequence.

@@ -9,11 +9,11 @@ from deviceless import B200
 from mosaic_sass import Case, check_all, compile_kernels, resources_by_key
 from resources import check
 
-from jaxattn_kernels.blackwell import HEAD_DIMS
+from jaxattn_kernels.mosaic_gpu.blackwell import HEAD_DIMS
 
 pytestmark = pytest.mark.compile
 
-MODULE = "jaxattn_kernels.blackwell"
+MODULE = "jaxattn_kernels.mosaic_gpu.blackwell"
 CASES = [
     *(Case(head_dim, 4, 16, long, 1, 1 - long) for head_dim, long in itertools.product(HEAD_DIMS, (0, 1))),
     *(Case(head_dim, 1, 64, 1, 0, 0) for head_dim in HEAD_DIMS),

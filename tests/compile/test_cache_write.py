@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 from deviceless import H200, OPTIMISED, lower_for
 
-from jaxattn.cache import PagedKVCache, write_cache
-from jaxattn.rope import RopeConfig, RopeTables, rotate
+from jaxattn.cache.paged import PagedKVCache, write_cache
+from jaxattn.metadata.rope import RopeConfig, RopeTables, rotate
 
 pytestmark = pytest.mark.compile
 

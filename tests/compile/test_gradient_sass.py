@@ -14,12 +14,12 @@ from deviceless import H200, OPTIMISED, TARGETS, Kernel, compile_for, lower_for
 from resources import check
 from test_sass import MAIN, PRODUCTS, Case, resources_by_key, stays_in_registers
 
-from jaxattn.attention import attention
-from jaxattn.batch import abstract_batch
-from jaxattn.buckets import Bucket
-from jaxattn.consumers import KEY_BLOCK, triton_tiling
-from jaxattn.metadata import prepare_metadata
-from jaxattn.spec import AttentionSpec
+from jaxattn.attention.api import attention
+from jaxattn.batch.bucket import Bucket
+from jaxattn.batch.ragged import abstract_batch
+from jaxattn.metadata.consumers import KEY_BLOCK, triton_tiling
+from jaxattn.metadata.prepare import prepare_metadata
+from jaxattn.metadata.spec import AttentionSpec
 from jaxattn_kernels.arrays import (
     Attended,
     GradientInputs,
@@ -29,7 +29,7 @@ from jaxattn_kernels.arrays import (
     TileList,
     VisibleRange,
 )
-from jaxattn_kernels.triton_gradient import keys_gradient, queries_gradient
+from jaxattn_kernels.triton.gradient import keys_gradient, queries_gradient
 
 pytestmark = pytest.mark.compile
 

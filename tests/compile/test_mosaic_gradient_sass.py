@@ -9,7 +9,7 @@ from deviceless import H200
 from mosaic_sass import Case, Compiled, check_registers, compile_kernels, sizes_of
 from resources import Key, Resources, check, resources_of
 
-from jaxattn_kernels.mosaic_gradient import HEAD_DIMS
+from jaxattn_kernels.mosaic_gpu.hopper_gradient import HEAD_DIMS
 
 pytestmark = pytest.mark.compile
 
@@ -46,7 +46,7 @@ CASES = [
 
 def compile_case(case: Case, folder: Path) -> list[Compiled]:
     """The kernels of a case, in the order of `KERNELS`."""
-    return compile_kernels(H200, "jaxattn_kernels.mosaic_gradient", case, folder, PROGRAM)
+    return compile_kernels(H200, "jaxattn_kernels.mosaic_gpu.hopper_gradient", case, folder, PROGRAM)
 
 
 def keys_of(case: Case) -> list[Key]:

@@ -9,11 +9,11 @@ from deviceless import H200
 from mosaic_sass import Case, check_all, compile_kernels, resources_by_key
 from resources import check
 
-from jaxattn_kernels.mosaic import HEAD_DIMS
+from jaxattn_kernels.mosaic_gpu.hopper import HEAD_DIMS
 
 pytestmark = pytest.mark.compile
 
-MODULE = "jaxattn_kernels.mosaic"
+MODULE = "jaxattn_kernels.mosaic_gpu.hopper"
 CASES = [
     *(Case(head_dim, 4, 16, long, 1, 1 - long) for head_dim, long in itertools.product(HEAD_DIMS, (0, 1))),
     *(Case(head_dim, 1, 64, long, 0, 0) for head_dim, long in ((64, 1), (128, 0), (256, 1))),

@@ -15,11 +15,11 @@ import pytest
 from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, compile_for
 from resources import MAX_REGISTERS, Key, Resources, check, resources_of
 
-from jaxattn.cache import QUANTIZED_DTYPES
-from jaxattn.consumers import triton_tiling
-from jaxattn.spec import AttentionSpec
+from jaxattn.cache.quantization import QUANTIZED_DTYPES
+from jaxattn.metadata.consumers import triton_tiling
+from jaxattn.metadata.spec import AttentionSpec
 from jaxattn_kernels.arrays import KeyLookup, KVScales, SplitArrays, TileArrays, TileList, VisibleRange
-from jaxattn_kernels.triton import KernelConfig, ragged_attention
+from jaxattn_kernels.triton.forward import KernelConfig, ragged_attention
 
 pytestmark = pytest.mark.compile
 

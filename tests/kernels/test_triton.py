@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from tolerances import assert_as_good_as
 
-from jaxattn_kernels import triton_parts
 from jaxattn_kernels.arrays import KeyLookup, SplitArrays, TileArrays, TileList, VisibleRange
-from jaxattn_kernels.triton import KernelConfig, ragged_attention
+from jaxattn_kernels.triton import parts as triton_parts
+from jaxattn_kernels.triton.forward import KernelConfig, ragged_attention
 
 # Blocks of 16 keys, so that short sequences have several.
 SMALL = KernelConfig(block_k=16, num_warps=4, num_stages=2)

@@ -14,14 +14,14 @@ from jax import export
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jaxattn.attention import attention
-from jaxattn.batch import abstract_batch
-from jaxattn.buckets import Bucket
-from jaxattn.cache import QUANTIZED_DTYPES
-from jaxattn.metadata import prepare_metadata
-from jaxattn.spec import AttentionSpec
+from jaxattn.attention.api import attention
+from jaxattn.batch.bucket import Bucket
+from jaxattn.batch.ragged import abstract_batch
+from jaxattn.cache.quantization import QUANTIZED_DTYPES
+from jaxattn.metadata.prepare import prepare_metadata
+from jaxattn.metadata.spec import AttentionSpec
 from jaxattn_kernels.arrays import KeyLookup, TileArrays, TileList, VisibleRange
-from jaxattn_kernels.triton import KernelConfig, ragged_attention
+from jaxattn_kernels.triton.forward import KernelConfig, ragged_attention
 
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
 PREFILL = Bucket(tokens=256, seqs=8, pages=64)

@@ -1,0 +1,7 @@
+"""Attention over a batch: one signature, four implementations, each with its gradient beside it."""
+
+from jaxattn.attention.api import attention, choose_implementation
+from jaxattn.attention.choice import Choice
+from jaxattn.attention.layer import attend_layer
+
+__all__ = ["Choice", "attend_layer", "attention", "choose_implementation"]

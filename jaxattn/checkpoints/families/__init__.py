@@ -1,0 +1,1 @@
+"""What configs mean: each model family as data, read into a `DecoderConfig`."""

@@ -1,0 +1,280 @@
+"""Serve requests of a decoder in continuous batches: schedule, nest, one step on the device, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxattn.batch.bucket import Bucket, BucketGrid, Buckets, powers_of_two
+from jaxattn.batch.trace import BatchLog
+from jaxattn.cache.paged import DEFAULT_PAGE_SIZE
+from jaxattn.cache.pool import PagePool
+from jaxattn.cache.quantization import is_quantized
+from jaxattn.models import Model, Sampling, check_cache_dtype, check_kv_scales
+from jaxattn.models.options import Limits, OnTokens, StopTokens, options_per_prompt
+from jaxattn.models.sampling import GREEDY, SamplingArrays
+from jaxattn.serving.scheduler import Finished, ScheduledStep, Scheduler
+from jaxattn.serving.score import calibrate_kv_scales
+from jaxattn_kernels.arrays import KVScales
+
+MAX_SEQS = 32
+"""Requests that run at a time where nothing else is asked for."""
+
+
+class Server:
+    """A model, its paged cache and a scheduler. New requests may come between any two steps.
+
+    A request's tokens are those of `generate` (with the same seed; in a quantised cache, with the same
+    scales), whatever runs beside it and however it is cut into chunks.
+
+    Args:
+        model: The model.
+        num_pages: Pages of the cache.
+        page_size: Tokens per page.
+        token_budget: Most query tokens per step.
+        max_seqs: Most requests that run at a time.
+        max_chunk: Most tokens of one prompt per step; None for no other limit than the budget.
+        share_prefixes: Whether requests share the pages of common prefixes.
+        cache_dtype: Element type of the cache, as of `generate`.
+        kv_scales: Of a quantised cache, its scales, such as `calibrate_kv_scales` measures.
+        implementation: Of the attention; see `jaxattn.attention`.
+        grid: The buckets to choose from, one program each: a grid, or a plan of `plan_buckets`; default
+            powers of two up to the largest step there can be (`largest_step`). Programs compile when they are
+            first needed, or before by `warmup`.
+        log: Where to write the sizes of every step, for `plan_buckets`.
+
+    Attributes:
+        scheduler: Which requests wait and run, and what was done so far.
+
+    Raises:
+        ValueError: If a limit is not an integer of at least 1, the grid does not hold every step there can
+            be, no cache can have this dtype, or scales and dtype disagree.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_pages: int,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        token_budget: int = 256,
+        max_seqs: int = MAX_SEQS,
+        max_chunk: int | None = None,
+        share_prefixes: bool = True,
+        cache_dtype: jax.typing.DTypeLike | None = None,
+        kv_scales: KVScales | None = None,
+        implementation: str = "auto",
+        grid: Buckets | None = None,
+        log: BatchLog | None = None,
+    ) -> None:
+        self.scheduler = Scheduler(
+            PagePool(num_pages, page_size),
+            token_budget=token_budget,
+            max_seqs=max_seqs,
+            max_chunk=max_chunk,
+            share_prefixes=share_prefixes,
+            vocab_size=model.config.vocab_size,
+        )
+        largest = largest_step(
+            num_pages=num_pages, token_budget=token_budget, max_seqs=max_seqs, share_prefixes=share_prefixes
+        )
+        self._grid = _default_grid(largest) if grid is None else grid
+        self._grid.pick(tokens=largest.tokens, seqs=largest.seqs, pages=largest.pages)
+        self._model = model
+        self._log = log
+        self._sampling: dict[int, Sampling] = {}
+        cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+        check_kv_scales(kv_scales, model.config, cache_dtype)
+        if kv_scales is None and is_quantized(cache_dtype):
+            raise ValueError(
+                f"kv_scales was not given, and cache_dtype={cache_dtype.name} needs it; measure it with "
+                f"calibrate_kv_scales on prompts such as will be served"
+            )
+        sizes: dict[str, Any] = {"num_pages": num_pages, "page_size": page_size, "cache_dtype": cache_dtype}
+        self._cache = model.empty_cache(kv_scales=kv_scales, **sizes)
+        self._compile_options = {**sizes, "implementation": implementation}
+        self._programs: dict[Bucket, Callable] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return self.scheduler.has_work
+
+    def add(
+        self,
+        prompt: Sequence[Any] | np.ndarray,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        stop_token_ids: Collection[int] = (),
+    ) -> int:
+        """Put a request at the end of the queue; see `Scheduler.add`.
+
+        Args:
+            prompt: Token ids.
+            max_new_tokens: The most tokens to add to it.
+            sampling: How they are chosen; the likeliest ones by default.
+            stop_token_ids: The request ends with any of these.
+
+        Returns:
+            The number of the request.
+
+        Raises:
+            ValueError: If an argument is out of range, or the tokens could not be held even by the
+                whole cache.
+        """
+        request_id = self.scheduler.add(prompt, max_new_tokens, stop_token_ids=stop_token_ids)
+        self._sampling[request_id] = sampling
+        return request_id
+
+    def cancel(self, request_id: int) -> list[int]:
+        """Retire a request now.
+
+        Args:
+            request_id: From `add`.
+
+        Returns:
+            Its new tokens so far.
+
+        Raises:
+            ValueError: If the request is unknown, cancelled or finished.
+        """
+        token_ids = self.scheduler.cancel(request_id)
+        del self._sampling[request_id]
+        return token_ids
+
+    def step(self, on_tokens: OnTokens | None = None) -> list[Finished]:
+        """Run one step.
+
+        Args:
+            on_tokens: Called at the end of the step with each request that has a new token, and a list of
+                this one token. It may add and cancel requests.
+
+        Returns:
+            The requests that finished with it; none where there is no work.
+        """
+        scheduled = self.scheduler.schedule()
+        if scheduled is None:
+            return []
+        batch = scheduled.nest(bucket=self._bucket(scheduled), transfer=False, log=self._log)
+        rows = list(zip(scheduled.request_ids, scheduled.samples.tolist(), strict=True))
+        sampling = [self._sampling[request_id] if samples else GREEDY for request_id, samples in rows]
+        token_ids, self._cache = self._program(batch.bucket)(
+            self._model.params,
+            self._cache,
+            batch,
+            SamplingArrays.of(sampling, batch.bucket.seqs, self._model.config.vocab_size),
+        )
+        new_ids = np.asarray(token_ids)[: scheduled.num_rows]
+        finished = self.scheduler.commit(scheduled, new_ids)
+        for done in finished:
+            del self._sampling[done.request_id]
+        if on_tokens is not None:
+            for (request_id, samples), token_id in zip(rows, new_ids.tolist(), strict=True):
+                if samples:
+                    on_tokens(request_id, [token_id])
+        return finished
+
+    def run(self, on_tokens: OnTokens | None = None) -> dict[int, list[int]]:
+        """Run steps until no request is left.
+
+        Args:
+            on_tokens: As of `step`.
+
+        Returns:
+            The new tokens of each request that finished meanwhile, by its number.
+        """
+        results: dict[int, list[int]] = {}
+        while self.has_work:
+            results |= {done.request_id: done.token_ids for done in self.step(on_tokens)}
+        return results
+
+    def _bucket(self, scheduled: ScheduledStep) -> Bucket:
+        return self._grid.pick(
+            tokens=scheduled.token_ids.size,
+            seqs=scheduled.num_rows,
+            pages=scheduled.page_tables.size,
+            max_q_len=int(scheduled.q_lens.max()),
+        )
+
+    def _program(self, bucket: Bucket) -> Callable:
+        """The step's program; kept here as well, since to ask for it takes as long as a small step."""
+        if bucket not in self._programs:
+            self._programs[bucket] = self._model.programs.choose_tokens(bucket, **self._compile_options)
+        return self._programs[bucket]
+
+
+def largest_step(
+    *, num_pages: int, token_budget: int = 256, max_seqs: int = MAX_SEQS, share_prefixes: bool = True
+) -> Bucket:
+    """The bucket that holds every step that a `Server` with these arguments can take: limits of a plan."""
+    num_seqs = min(max_seqs, token_budget)
+    # A shared page is listed once per row.
+    return Bucket(token_budget, num_seqs, num_pages * (num_seqs if share_prefixes else 1))
+
+
+def serve(
+    model: Model,
+    prompts: Sequence[Any],
+    max_new_tokens: Limits,
+    *,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    stop_token_ids: StopTokens = (),
+    on_tokens: OnTokens | None = None,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+    kv_scales: KVScales | None = None,
+    implementation: str = "auto",
+    **options: Any,
+) -> list[list[int]]:
+    """Continue every prompt, in continuous batches over a cache of limited size.
+
+    Args:
+        model: The model.
+        prompts: Token ids, one list or 1-D integer array per prompt.
+        max_new_tokens: The most tokens to add, as of `generate`.
+        sampling: How tokens are chosen, as of `generate`.
+        stop_token_ids: A prompt ends with any of these, as of `generate`.
+        on_tokens: Called after every step with the number of each prompt that has a new token, and a list
+            of this one token.
+        cache_dtype: Element type of the cache, as of `generate`.
+        kv_scales: Of a quantised cache, its scales. By default those that `calibrate_kv_scales` measures on
+            these prompts.
+        implementation: Of the attention; see `jaxattn.attention`.
+        **options: Of `Server`; `num_pages` is required.
+
+    Returns:
+        The new tokens of each prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: If an argument is out of range, or a prompt could not be held by the whole cache.
+    """
+    wanted = options_per_prompt(
+        len(prompts),
+        max_new_tokens,
+        sampling=sampling,
+        stop_token_ids=stop_token_ids,
+        vocab_size=model.config.vocab_size,
+    )
+    cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+    if kv_scales is None and is_quantized(cache_dtype):
+        kv_scales = calibrate_kv_scales(model, prompts, cache_dtype, implementation=implementation)
+    server = Server(
+        model, cache_dtype=cache_dtype, kv_scales=kv_scales, implementation=implementation, **options
+    )
+    # A new server numbers its requests from 0: they have the numbers of their prompts.
+    for prompt, asked in zip(prompts, wanted, strict=True):
+        server.add(prompt, asked.max_new_tokens, sampling=asked.sampling, stop_token_ids=asked.stop_token_ids)
+    results = server.run(on_tokens)
+    return [results[i] for i in range(len(prompts))]
+
+
+def _default_grid(largest: Bucket) -> BucketGrid:
+    tokens, pages = largest.tokens, largest.pages
+    return BucketGrid(
+        tokens=powers_of_two(min(16, tokens), tokens),
+        pages=powers_of_two(min(16, pages), pages) if pages else (1,),
+        max_seqs=largest.seqs,
+    )

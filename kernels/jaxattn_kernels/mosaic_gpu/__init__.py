@@ -1,0 +1,1 @@
+"""Kernels on the Pallas Mosaic GPU backend: Hopper and Blackwell."""

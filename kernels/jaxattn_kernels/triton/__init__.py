@@ -1,0 +1,1 @@
+"""Kernels on the Pallas Triton backend: every NVIDIA GPU from Ampere on."""
