@@ -2,9 +2,9 @@
 
 Every function here takes a `RaggedBatch` and returns exactly the arrays that one implementation of
 attention, or the decoder, reads. Nothing of `jaxattn.metadata` is used but the type of a tiling. They are
-written as by somebody who knows that consumer and its bucket, and owes nobody else a field: only what is read is derived; what can be folded into one value per row, and so
-gathered once per token, is; keys that are not paged are known to be as many as queries; and where every
-sequence has one token, no tile is searched for.
+written as by somebody who knows that consumer and its bucket, and owes nobody else a field: only what is read
+is derived; what can be folded into one value per row, and so gathered once per token, is; keys that are not
+paged are known to be as many as queries; and where every sequence has one token, no tile is searched for.
 
 Names are flat: `token_to_seq`; `kv_start/1` for window class 1; `short.seq/1` for its tiles. A layer reads
 the arrays of its own class, so those that classes have in common stand there once per class, as they do
