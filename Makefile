@@ -17,11 +17,11 @@ help:
 	@echo "make test-slow     the same with thorough settings"
 	@echo "make test-oldest   the suite on the oldest supported JAX"
 	@echo "make test-compile  compile the kernels to SASS, without a GPU; with KIND=compile in every case"
-	@echo "make resources     compile the main kernels, write registers and shared memory into the table and DESIGN.md"
+	@echo "make resources     compile the main kernels, write registers and shared memory into their table"
 	@echo "make experiments   run every experiment in a small setting, rewrite the tables in experiments/README.md"
 	@echo "make jupyter       open the notebooks in JupyterLab"
 	@echo "make docs          run every notebook and build the site, notebooks/_build/html/index.html"
-	@echo "make tables        rewrite the tables in README.md and DESIGN.md"
+	@echo "make tables        rewrite the tables and the picture of the rooms that are printed from the code"
 	@echo "make check         lint, types, layering"
 
 demo: $(VENV)/installed
@@ -54,11 +54,12 @@ test-compile:
 resources:
 	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.:kernels \
-	  .venv-compile/bin/python tests/compile/write_resources.py --write DESIGN.md
+	  .venv-compile/bin/python tests/compile/write_resources.py --write notebooks/reference/resources.md
 
 tables: $(VENV)/installed
-	PYTHONPATH=.:kernels $(PYTHON) tests/support/field_tables.py README.md DESIGN.md
-	PYTHONPATH=.:kernels $(PYTHON) tests/compile/write_resources.py DESIGN.md
+	PYTHONPATH=.:kernels $(PYTHON) tests/support/field_tables.py notebooks/reference/metadata.md
+	PYTHONPATH=.:kernels $(PYTHON) tests/compile/write_resources.py notebooks/reference/resources.md
+	PYTHONPATH=.:kernels $(PYTHON) tests/support/rooms.py notebooks/_static/rooms.svg
 
 experiments: $(VENV)/installed
 	$(PYTHON) experiments/run_all.py

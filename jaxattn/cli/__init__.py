@@ -1,5 +1,1 @@
 """The command line, a file per command."""
-
-from jaxattn.cli.main import run
-
-__all__ = ["run"]

@@ -1,4 +1,4 @@
-"""Two mechanisms that the library does not know, added from outside. DESIGN.md tells the same story.
+"""Two mechanisms that the library does not know, added from outside. Two how-tos tell the same story.
 
 The first is another rule of visibility, which every backend then serves. The second is another
 kind of layer, with a state per sequence instead of keys: a backend of its own that declares what

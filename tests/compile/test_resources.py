@@ -20,7 +20,7 @@ V1, V2 = {"jax": "1"}, {"jax": "2"}
 
 
 def test_the_document_holds_the_table_of_today():
-    text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    text = (ROOT / "notebooks/reference/resources.md").read_text(encoding="utf-8")
     assert "<!-- resources -->" in text
     assert rewrite(text, *read()) == text, "run `make tables`"
 

@@ -1,7 +1,7 @@
 """Compile the main configurations, and write what they take into `resources.json` and into documents.
 
 make resources                                         compiles, minutes
-python tests/compile/write_resources.py DESIGN.md      only brings the document up to date
+python tests/compile/write_resources.py PAGE.md        only brings a page up to date
 """
 
 from __future__ import annotations

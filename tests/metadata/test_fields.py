@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from field_tables import consumers_of, markdown, rewrite
+from field_tables import consumers_of, rewrite
 
 from jaxattn import AttentionSpec, RopeConfig, nest_sequences, prepare_metadata
 from jaxattn.attention.api import IMPLEMENTATIONS
@@ -36,10 +36,9 @@ def size_of(axis: str, **lengths: int) -> int:
     return int(eval(axis, {}, names))
 
 
-@pytest.mark.parametrize("document", ["README.md", "DESIGN.md"])
-def test_documents_hold_the_table_of_today(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    assert "<!-- fields: " in text
+def test_the_reference_holds_the_table_of_today():
+    text = (ROOT / "notebooks/reference/metadata.md").read_text(encoding="utf-8")
+    assert "<!-- fields -->" in text
     assert rewrite(text) == text, "run `make tables`"
 
 
@@ -148,11 +147,6 @@ def test_metadata_are_immutable():
         setattr(everything(), "positions", 3)  # noqa: B010
     with pytest.raises(TypeError, match="takes 1 positional argument"):
         AttentionMetadata({}, BATCH.bucket, None)  # pyright: ignore[reportCallIssue]
-
-
-def test_unknown_table():
-    with pytest.raises(ValueError, match="unknown table 'long'"):
-        markdown("long")
 
 
 def test_prepared_is_only_for_what_is_selected():

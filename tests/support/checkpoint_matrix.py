@@ -1,4 +1,4 @@
-"""Which families are read in which formats: the cells that tests go through, and the table in README."""
+"""Which families are read in which formats: the cells of the tests, and the table in the reference."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ CELLS = tuple((name, family) for name, families in FORMATS.items() for family in
 
 
 def markdown() -> str:
-    """The table, between comments by which README finds it."""
+    """The table, between comments by which the page is found."""
     header = ("format", *FAMILIES)
     rows = [(name, *("✓" if family in FORMATS[name] else "" for family in FAMILIES)) for name in FORMATS]
     lines = [header, tuple("---" for _ in header), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"<!-- checkpoints: tests/checkpoint_matrix.py -->\n\n{table}\n\n<!-- end of checkpoints -->"
+    return (
+        f"<!-- checkpoints: tests/support/checkpoint_matrix.py -->\n\n{table}\n\n<!-- end of checkpoints -->"
+    )

@@ -1,9 +1,9 @@
 """The tables of fields in the documents, printed from the fields' own definitions.
 
-    python -m field_tables README.md DESIGN.md
+    python tests/support/field_tables.py notebooks/reference/metadata.md
 
-rewrites what stands between `<!-- fields: NAME -->` and `<!-- end of fields -->`, where NAME is
-`short` or `full`. A test fails when a document is out of date.
+rewrites what stands between `<!-- fields -->` and `<!-- end of fields -->`. A test fails when it is
+out of date.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("`Cascade`, of shared prefixes", Cascade),
 )
 
-_BLOCK = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end of fields -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- fields -->\n).*?(<!-- end of fields -->)", re.DOTALL)
 
 
 def consumers_of(name: str) -> tuple[str, ...]:
@@ -41,24 +41,14 @@ def consumers_of(name: str) -> tuple[str, ...]:
     )
 
 
-def markdown(kind: str) -> str:
-    """The fields as Markdown: "short" has names, shapes and meanings of the metadata, "full" all.
-
-    Raises:
-        ValueError: If the kind is unknown.
-    """
-    match kind:
-        case "short":
-            return _table(("field", "shape", "meaning"), [_short(f) for f in field_table(AttentionMetadata)])
-        case "full":
-            return "\n".join(_full_group(title, group) for title, group in GROUPS)
-        case _:
-            raise ValueError(f"unknown table {kind!r}; use 'short' or 'full'")
+def markdown() -> str:
+    """The fields as Markdown, a table per class."""
+    return "\n".join(_full_group(title, group) for title, group in GROUPS)
 
 
 def rewrite(text: str) -> str:
     """A document with its tables brought up to date."""
-    return _BLOCK.sub(lambda block: f"{block[1]}\n{markdown(block[2])}\n{block[3]}", text)
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{markdown()}\n{block[2]}", text)
 
 
 def _full_group(title: str, group: type) -> str:
