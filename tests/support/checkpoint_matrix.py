@@ -33,6 +33,4 @@ def markdown() -> str:
     rows = [(name, *("✓" if family in FORMATS[name] else "" for family in FAMILIES)) for name in FORMATS]
     lines = [header, tuple("---" for _ in header), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return (
-        f"<!-- checkpoints: tests/support/checkpoint_matrix.py -->\n\n{table}\n\n<!-- end of checkpoints -->"
-    )
+    return f"<!-- checkpoints -->\n\n{table}\n\n<!-- end of checkpoints -->"
