@@ -59,7 +59,8 @@ batch
 
 # %% [markdown]
 # A batch has the sizes of its *bucket*: programs are compiled once per bucket, not once per batch. What is
-# left over is padding, at the end. The default grid of buckets keeps it below a fifth of the token axis.
+# left over is padding, at the end. From 16 tokens on, the default grid of buckets keeps it below
+# a fifth of the token axis.
 
 # %%
 BucketGrid()

@@ -310,7 +310,7 @@ def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
 def law(
     *, implementations: tuple[str, ...] = IMPLEMENTATIONS, **strategies: st.SearchStrategy
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a check of drawn values a test: of some hundred examples, and of thousands where marked slow.
+    """Make a check of drawn values a test: of some examples, and of thousands where marked slow.
 
     A check that takes an `implementation` is tested with each. Regressions found once are kept as
     `hypothesis.example` between this decorator and the check.
