@@ -39,7 +39,7 @@ from rich.progress import track
 from side_by_side import measure, milliseconds, rounds_of, times_as_long
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, Sampling, nest_sequences
-from jaxattn.models import init_cache, init_params
+from jaxattn.models import init_model_cache, init_params
 from jaxattn.models.layer_caches import Cache
 from jaxattn.models.options import PromptOptions, RowOptions
 from jaxattn.models.params import Params
@@ -214,7 +214,7 @@ def prefilled(decoder: DecoderConfig, num_prompts: int, config: Config) -> Decod
     options = RowOptions.of(prompts, num_rows=num_prompts, max_stop_tokens=1, vocab_size=decoder.vocab_size)
     options = jax.device_put(options)
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0, impl="rbg"), decoder)
-    cache = init_cache(decoder, num_pages=tables.size, page_size=PAGE_SIZE, dtype="float32")
+    cache = init_model_cache(decoder, num_pages=tables.size, page_size=PAGE_SIZE, dtype="float32")
     shared: dict[str, Any] = {"config": decoder, "greedy": True, "implementation": "xla"}
     fill = functools.partial(prefill, decode_seqs=num_prompts, max_new_tokens=config.new_tokens, **shared)
     state, cache = jax.jit(fill, donate_argnums=1)(params, cache, batch, options)

@@ -43,7 +43,7 @@ from side_by_side import Call, Range, measure, milliseconds, rounds_of, times_as
 
 from jaxattn import Bucket, DecoderConfig, RaggedBatch, nest_batches, nest_sequences, pack_best_fit
 from jaxattn.cli.demo import dense_logits, next_token_loss, standard_library_functions, training_batches
-from jaxattn.models import Model, abstract_params, init_cache, init_params
+from jaxattn.models import Model, abstract_params, init_model_cache, init_params
 from jaxattn.models.layer_caches import Cache
 from jaxattn.models.params import Params
 from jaxattn.models.steps import step
@@ -240,7 +240,7 @@ def decode_batch(config: Config, context: int) -> tuple[RaggedBatch, int]:
 
 def random_cache(decoder: DecoderConfig, num_pages: int) -> Cache:
     """A cache that is full of random keys and values."""
-    empty = init_cache(decoder, num_pages=num_pages, page_size=PAGE_SIZE, dtype="float32")
+    empty = init_model_cache(decoder, num_pages=num_pages, page_size=PAGE_SIZE, dtype="float32")
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), empty)
 

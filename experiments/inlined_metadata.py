@@ -33,7 +33,7 @@ from side_by_side import Call, measure, ratios_by_round, with_range
 
 from jaxattn import AttentionMetadata, DecoderConfig, RaggedBatch, prepare_metadata
 from jaxattn.models.decoder import forward, unembed
-from jaxattn.models.layer_caches import init_cache
+from jaxattn.models.layer_caches import init_model_cache
 from jaxattn.models.params import init_params
 
 DECODER = DecoderConfig(
@@ -98,7 +98,7 @@ def calls_of(case: Case) -> tuple[dict[str, Call], RaggedBatch]:
     given = jax.jit(run, donate_argnums=0)
     inlined = jax.jit(lambda cache, batch: run(cache, batch, prepare_everything(batch)), donate_argnums=0)
     caches = {
-        name: init_cache(DECODER, num_pages=steps[0].num_pages, page_size=PAGE_SIZE, dtype="float32")
+        name: init_model_cache(DECODER, num_pages=steps[0].num_pages, page_size=PAGE_SIZE, dtype="float32")
         for name in ("inlined", *OTHERS)
     }
 

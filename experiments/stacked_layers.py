@@ -61,7 +61,7 @@ class Config:
 def seconds_to_compile(model: Model, config: Config) -> float:
     """Of prefill and decode, from nothing."""
     jax.clear_caches()
-    fresh = dataclasses.replace(model.programs, compiled={})
+    fresh = dataclasses.replace(model.compiled, programs={})
     started = time.perf_counter()
     plan_generation(config.prompt_lens, config.new_tokens)(fresh)
     return time.perf_counter() - started

@@ -19,7 +19,7 @@ from jaxattn.checkpoints.layouts.user_tables import Table
 from jaxattn.checkpoints.opening import Checkpoint, open_checkpoint
 from jaxattn.checkpoints.report import HostMemory, LoadReport, reading_bar
 from jaxattn.compiling.compiles import compile_cache, count_compiles
-from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.models import CompiledSteps, DecoderConfig, Model
 from jaxattn.models.params import Params
 
 COMPILE_MODES = ("overlap", "lazy", "none")
@@ -91,7 +91,7 @@ def load_model(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     table: Table | None = None,
-    buckets: Sequence[Callable[[Programs], object]] = (),
+    buckets: Sequence[Callable[[CompiledSteps], object]] = (),
     compile: str = "overlap",
     cache_dir: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -132,12 +132,12 @@ def load_model(
         raise ValueError(f"unknown compile={compile!r}; use one of {', '.join(map(repr, COMPILE_MODES))}")
     started, memory = time.perf_counter(), HostMemory()
     cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
-    with compile_cache(cache_dir), count_compiles() as compiled:
+    with compile_cache(cache_dir), count_compiles() as compiles:
         checkpoint = open_checkpoint(
             path, config, dtype=dtype, table=table, mesh=mesh, stack_layers=stack_layers, verify=verify
         )
         config, plan = checkpoint.plan.config, checkpoint.plan
-        programs = Programs(
+        compiled = CompiledSteps(
             config, checkpoint.dtype, mesh, cache_dir, stack_layers, may_compile=compile != "none"
         )
         compiling, stop = 0.0, threading.Event()
@@ -145,7 +145,7 @@ def load_model(
             reading = reader.submit(_read, checkpoint, check_finite, stop)
             try:
                 if compile == "overlap":
-                    compiling = _compile(programs, buckets)
+                    compiling = _compile(compiled, buckets)
                 params, reading_seconds = reading.result()
             except BaseException:
                 stop.set()
@@ -161,11 +161,11 @@ def load_model(
         result_bytes=sum(leaf.nbytes for leaf in leaves),
         num_params=sum(leaf.size for leaf in leaves),
         peak_host_bytes=memory.extra(),
-        programs=programs.names,
-        cache_hits=compiled.cache_hits,
-        cache_misses=compiled.cache_misses,
+        programs=compiled.names,
+        cache_hits=compiles.cache_hits,
+        cache_misses=compiles.cache_misses,
     )
-    return LoadedModel(config, params, programs, report)
+    return LoadedModel(config, params, compiled, report)
 
 
 def _read(checkpoint: Checkpoint, check_finite: bool, stop: threading.Event) -> tuple[Params, float]:
@@ -182,14 +182,14 @@ def _read(checkpoint: Checkpoint, check_finite: bool, stop: threading.Event) -> 
     return params, time.perf_counter() - started
 
 
-def _compile(programs: Programs, buckets: Sequence[Callable[[Programs], object]]) -> float:
+def _compile(compiled: CompiledSteps, buckets: Sequence[Callable[[CompiledSteps], object]]) -> float:
     """Compile, and say how many seconds that took.
 
     In the calling thread, where JAX's context managers around the call hold.
     """
     started = time.perf_counter()
     for bucket in buckets:
-        bucket(programs)
+        bucket(compiled)
     return time.perf_counter() - started
 
 

@@ -37,7 +37,7 @@ from jaxattn.checkpoints import load_model, save_params
 from jaxattn.metadata.prepare import prepare_metadata
 from jaxattn.metadata.rope import rope_tables, rotate
 from jaxattn.metadata.superset import AttentionMetadata
-from jaxattn.models import DecoderConfig, Model, forward, init_cache, init_params, unembed
+from jaxattn.models import DecoderConfig, Model, forward, init_model_cache, init_params, unembed
 from jaxattn.models.decoder import rms_norm
 from jaxattn.models.params import Params
 from jaxattn.models.steps import step
@@ -93,7 +93,7 @@ def run_demo(out: Path, *, train_steps: int = TRAIN_STEPS) -> None:
     model = load_model(checkpoint)
     num_params = sum(x.size for x in jax.tree.leaves(model.params))
     console.print(
-        f"[bold]2. Load:[/] {num_params / 1e6:.2f} M parameters, {model.programs.dtype}, "
+        f"[bold]2. Load:[/] {num_params / 1e6:.2f} M parameters, {model.compiled.dtype}, "
         f"in {time.perf_counter() - started:.1f} s"
     )
     prompts = [b"d", b"def __init__(self", b"    if not isinstance(", bytes(held_out[:160])]
@@ -295,7 +295,9 @@ def _show_counts(console: Console, model: Model, batch: RaggedBatch) -> None:
     """How often a step derives its metadata, counted in its program, and what recomputing would take."""
     layers, implementations = CONFIG.num_layers, len(PORTABLE)
     classes = len({spec.window_class for spec in CONFIG.layer_specs()})
-    cache = init_cache(CONFIG, num_pages=batch.bucket.pages, page_size=PAGE_SIZE, dtype=model.programs.dtype)
+    cache = init_model_cache(
+        CONFIG, num_pages=batch.bucket.pages, page_size=PAGE_SIZE, dtype=model.compiled.dtype
+    )
     program = jax.make_jaxpr(
         lambda params, cache, batch: step(
             params, cache, batch, config=CONFIG, num_rows=batch.bucket.seqs, implementation="auto"

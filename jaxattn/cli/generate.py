@@ -16,7 +16,7 @@ from jaxattn.batch.trace import BatchLog
 from jaxattn.cache.paged import DEFAULT_PAGE_SIZE
 from jaxattn.cache.quantization import QUANTIZED_DTYPES
 from jaxattn.cli.load import load
-from jaxattn.models import Programs, Sampling
+from jaxattn.models import CompiledSteps, Sampling
 from jaxattn.models.options import PromptOptions, limits_per_prompt
 from jaxattn.models.sampling import NUM_SEEDS
 from jaxattn.serving.generate import compile_generation, fits_one_batch, generate, plan_generation
@@ -216,7 +216,7 @@ def _options_per_prompt(
 
 def _buckets(
     options: argparse.Namespace, token_ids: Sequence[list[int]], asked: Sequence[PromptOptions]
-) -> list[Callable[[Programs], None]]:
+) -> list[Callable[[CompiledSteps], None]]:
     """What compiles, while the weights are being read, all that `generate` will run in one batch."""
     lens, limits = [len(ids) for ids in token_ids], [one.max_new_tokens for one in asked]
     sizes = {"num_pages": options.num_pages, "page_size": options.page_size}
@@ -225,16 +225,16 @@ def _buckets(
     num_stop_tokens = max(len(one.stop_token_ids) for one in asked)
     plan = plan_generation(lens, limits, num_stop_tokens=num_stop_tokens, **sizes)
 
-    def compile_run(programs: Programs) -> None:
+    def compile_run(compiled: CompiledSteps) -> None:
         compile_generation(
-            programs,
+            compiled,
             plan,
             greedy=all(one.sampling.temperature == 0 for one in asked),
             cache_dtype=options.cache_dtype,
             implementation=options.implementation,
         )
         if options.cache_dtype:
-            programs.calibrate(
+            compiled.calibrate(
                 dataclasses.replace(plan.bucket, pages=0),
                 cache_dtype=options.cache_dtype,
                 implementation=options.implementation,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxattn.attention.api import IMPLEMENTATIONS
 from jaxattn.checkpoints import MANIFEST, load_config, load_model
-from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.models import CompiledSteps, DecoderConfig, Model
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def config_of(options: argparse.Namespace) -> DecoderConfig | None:
     return None if options.config is None else load_config(options.config)
 
 
-def load(options: argparse.Namespace, *buckets: Callable[[Programs], object]) -> Model:
+def load(options: argparse.Namespace, *buckets: Callable[[CompiledSteps], object]) -> Model:
     """The model that the options ask for; what the buckets ask for compiles meanwhile."""
     return load_model(
         options.path,

@@ -87,7 +87,7 @@ def forward(
     if cache is not None and isinstance(cache, PagedKVCache) != is_stacked(params):
         raise ValueError(
             f"layers are stacked in {'params' if is_stacked(params) else 'cache'} alone; "
-            f"make the cache by init_cache(..., stack_layers={is_stacked(params)})"
+            f"make the cache by init_model_cache(..., stack_layers={is_stacked(params)})"
         )
     x = params["embed"][token_ids]
     if config.embedding_scale is not None:

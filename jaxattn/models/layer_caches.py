@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.cache.paged import PagedKVCache
-from jaxattn.cache.paged import init_cache as init_layer_cache
+from jaxattn.cache.paged import PagedKVCache, init_cache
 from jaxattn.cache.quantization import QUANTIZED_DTYPES, is_quantized
 from jaxattn.models.config import DecoderConfig
 from jaxattn_kernels.arrays import KVScales
@@ -19,7 +18,7 @@ Cache = tuple[PagedKVCache, ...] | PagedKVCache
 scales `[L, K]`."""
 
 
-def init_cache(
+def init_model_cache(
     config: DecoderConfig,
     *,
     num_pages: int,
@@ -44,7 +43,7 @@ def init_cache(
     """
 
     def layer(i: int, num_pages: int) -> PagedKVCache:
-        return init_layer_cache(
+        return init_cache(
             num_pages=num_pages,
             page_size=page_size,
             num_kv_heads=config.num_kv_heads,

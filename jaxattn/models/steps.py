@@ -14,7 +14,7 @@ from jaxattn.cache.quantization import quantization_scale
 from jaxattn.metadata.prepare import prepare_metadata
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import forward, unembed
-from jaxattn.models.layer_caches import Cache, init_cache
+from jaxattn.models.layer_caches import Cache, init_model_cache
 from jaxattn.models.options import RowOptions
 from jaxattn.models.params import Params
 from jaxattn.models.sampling import SamplingArrays, sample
@@ -69,8 +69,8 @@ def empty_cache(
     cache_dtype: str,
     stack_layers: bool,
 ) -> Cache:
-    """A cache without keys; `init_cache` as one program."""
-    return init_cache(
+    """A cache without keys; `init_model_cache` as one program."""
+    return init_model_cache(
         config,
         num_pages=num_pages,
         page_size=page_size,

@@ -27,12 +27,12 @@ from jaxattn.batch.nest import nest_sequences
 from jaxattn.batch.ragged import RaggedBatch
 from jaxattn.cache.paged import DEFAULT_PAGE_SIZE
 from jaxattn.compiling.compiles import count_compiles
-from jaxattn.models import Model, Programs
+from jaxattn.models import CompiledSteps, Model
 from jaxattn.models.sampling import SamplingArrays
 
-type Warmable = Bucket | Callable[[Programs], object]
+type Warmable = Bucket | Callable[[CompiledSteps], object]
 """What can be warmed up: a bucket, for the steps of a server, or a plan of `plan_generation`, or any function
-that has the programs it is called with compile what is needed."""
+that has the `CompiledSteps` it is called with compile what is needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class WarmupReport:
 
 
 def warmup(
-    model: Model | Programs,
+    model: Model | CompiledSteps,
     buckets: BucketPlan | BucketGrid | Iterable[Warmable],
     *,
     num_pages: int | None = None,
@@ -69,7 +69,7 @@ def warmup(
     `forbid_compiles()` to be sure. No weights are needed and no memory of the cache; nothing runs.
 
     Args:
-        model: The model, or its programs.
+        model: The model, or its compiled steps alone.
         buckets: A plan; a grid, of which all combinations of tokens and pages are compiled, for decode steps
             as well, and those may be many; or single buckets and plans of `plan_generation`.
         num_pages: Pages of the server's cache; needed for buckets.
@@ -81,27 +81,27 @@ def warmup(
     Raises:
         ValueError: If there are buckets and no `num_pages`, or a program cannot be compiled.
     """
-    programs = model.programs if isinstance(model, Model) else model
+    compiled = model.compiled if isinstance(model, Model) else model
     wanted = _listed(buckets)
     if num_pages is None and any(isinstance(entry, Bucket) for entry in wanted):
         raise ValueError(
             "num_pages was not given, and the programs of a server depend on it; give its cache's"
         )
     options: dict[str, Any] = {"page_size": page_size, "num_pages": num_pages, "cache_dtype": cache_dtype}
-    before, started = len(programs.compiled), time.perf_counter()
+    before, started = len(compiled.programs), time.perf_counter()
     with count_compiles() as compiles, _bar(progress) as bar:
         task = bar.add_task("compiling", total=len(wanted))
         for entry in wanted:
             bar.update(task, description=f"compiling {_described(entry)}")
             if isinstance(entry, Bucket):
-                programs.empty_cache(**options)
-                programs.choose_tokens(entry, implementation=implementation, **options)
+                compiled.empty_cache(**options)
+                compiled.choose_tokens(entry, implementation=implementation, **options)
             else:
-                entry(programs)
+                entry(compiled)
             bar.advance(task)
         bar.update(task, description="compiled")
     return WarmupReport(
-        programs=programs.names[before:],
+        programs=compiled.names[before:],
         seconds=time.perf_counter() - started,
         compiling_seconds=compiles.seconds,
         cache_hits=compiles.cache_hits,
@@ -136,7 +136,7 @@ def measure_steps(
     batches = [_full_batch(bucket, page_size, num_pages) for bucket in buckets]
     options: dict[str, Any] = {"page_size": page_size, "num_pages": num_pages}
     cache = model.empty_cache(**options)
-    programs = [model.programs.choose_tokens(b, implementation=implementation, **options) for b in buckets]
+    programs = [model.compiled.choose_tokens(b, implementation=implementation, **options) for b in buckets]
     seconds: list[list[float]] = [[] for _ in buckets]
     for turn in range(repeats + 1):
         for program, batch, measured in zip(programs, batches, seconds, strict=True):

@@ -17,7 +17,7 @@ from jaxattn.batch.trace import BatchLog
 from jaxattn.cache.paged import DEFAULT_PAGE_SIZE
 from jaxattn.cache.pool import PagePool
 from jaxattn.cache.quantization import is_quantized
-from jaxattn.models import Model, Programs, Sampling, check_cache_dtype, check_kv_scales
+from jaxattn.models import CompiledSteps, Model, Sampling, check_cache_dtype, check_kv_scales
 from jaxattn.models.options import (
     Limits,
     OnTokens,
@@ -58,9 +58,9 @@ class GenerationPlan(NamedTuple):
     max_new_tokens: int
     max_stop_tokens: int
 
-    def __call__(self, programs: Programs) -> None:
+    def __call__(self, compiled: CompiledSteps) -> None:
         """Have the programs compile what a run with the defaults of `generate` needs."""
-        compile_generation(programs, self)
+        compile_generation(compiled, self)
 
 
 def plan_generation(
@@ -139,7 +139,7 @@ def fits_one_batch(
 
 
 def compile_generation(
-    programs: Programs,
+    compiled: CompiledSteps,
     plan: GenerationPlan,
     *,
     greedy: bool = True,
@@ -152,7 +152,7 @@ def compile_generation(
     are being read. Limits, stop tokens and how to draw are arguments of the programs.
 
     Args:
-        programs: Of the model.
+        compiled: The compiled steps of the model.
         plan: From `plan_generation`.
         greedy: Whether every temperature is 0; random draws make programs longer.
         cache_dtype: As of `generate`.
@@ -164,7 +164,7 @@ def compile_generation(
     Raises:
         ValueError: If no cache can have this dtype.
     """
-    programs.empty_cache(num_pages=plan.num_pages, page_size=plan.page_size, cache_dtype=cache_dtype)
+    compiled.empty_cache(num_pages=plan.num_pages, page_size=plan.page_size, cache_dtype=cache_dtype)
     shared: dict[str, Any] = {
         "page_size": plan.page_size,
         "num_pages": plan.num_pages,
@@ -174,8 +174,8 @@ def compile_generation(
         "cache_dtype": cache_dtype,
         "implementation": implementation,
     }
-    prefill = programs.prefill(plan.bucket, decode_seqs=plan.decode_bucket.seqs, **shared)
-    return prefill, programs.decode(plan.decode_bucket, **shared)
+    prefill = compiled.prefill(plan.bucket, decode_seqs=plan.decode_bucket.seqs, **shared)
+    return prefill, compiled.decode(plan.decode_bucket, **shared)
 
 
 def generate(
@@ -241,7 +241,7 @@ def generate(
         vocab_size=model.config.vocab_size,
     )
     _check_positive("stream_every", stream_every)
-    cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+    cache_dtype = check_cache_dtype(cache_dtype, model.compiled.dtype)
     check_kv_scales(kv_scales, model.config, cache_dtype)
     sizes: dict[str, Any] = {"num_pages": num_pages, "page_size": page_size}
     if not fits_one_batch(lens, max_new_tokens, grid=grid, **sizes):
@@ -264,7 +264,7 @@ def generate(
     plan = plan_generation(lens, max_new_tokens, num_stop_tokens=num_stop_tokens, grid=grid, **sizes)
     batch = _nest_with_room(token_ids, lens, options, plan, model.config.vocab_size, log)
     prefill, decode = compile_generation(
-        model.programs,
+        model.compiled,
         plan,
         greedy=all(asked.sampling.temperature == 0 for asked in options),
         cache_dtype=cache_dtype,

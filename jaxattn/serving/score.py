@@ -40,7 +40,7 @@ def compute_logits(
         ValueError: If the prompts are empty, hold an id outside the vocabulary, or fit no bucket.
     """
     batch = nest_sequences(prompts, vocab_size=model.config.vocab_size, bucket=grid, transfer=False)
-    logits = model.programs.score(batch.bucket, implementation=implementation)(model.params, batch)
+    logits = model.compiled.score(batch.bucket, implementation=implementation)(model.params, batch)
     ends = np.cumsum([len(prompt) for prompt in prompts])
     return np.split(np.asarray(logits)[: ends[-1]], ends[:-1])
 
@@ -72,7 +72,7 @@ def calibrate_kv_scales(
         ValueError: If the dtype is none of a quantised cache, the prompts are empty, hold an id outside the
             vocabulary or one fits no bucket, or a key or value is not finite.
     """
-    cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+    cache_dtype = check_cache_dtype(cache_dtype, model.compiled.dtype)
     if not is_quantized(cache_dtype):
         raise ValueError(
             f"cache_dtype={cache_dtype.name} needs no scales; use one of {', '.join(QUANTIZED_DTYPES)}"
@@ -80,7 +80,7 @@ def calibrate_kv_scales(
     kv_scales = functools.reduce(
         _larger_scales,
         (
-            model.programs.calibrate(batch.bucket, cache_dtype=cache_dtype, implementation=implementation)(
+            model.compiled.calibrate(batch.bucket, cache_dtype=cache_dtype, implementation=implementation)(
                 model.params, batch
             )
             for batch in _nest_batches(prompts, model.config.vocab_size, grid)

@@ -86,7 +86,7 @@ class Server:
         self._model = model
         self._log = log
         self._sampling: dict[int, Sampling] = {}
-        cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+        cache_dtype = check_cache_dtype(cache_dtype, model.compiled.dtype)
         check_kv_scales(kv_scales, model.config, cache_dtype)
         if kv_scales is None and is_quantized(cache_dtype):
             raise ValueError(
@@ -203,7 +203,7 @@ class Server:
     def _program(self, bucket: Bucket) -> Callable:
         """The step's program; kept here as well, since to ask for it takes as long as a small step."""
         if bucket not in self._programs:
-            self._programs[bucket] = self._model.programs.choose_tokens(bucket, **self._compile_options)
+            self._programs[bucket] = self._model.compiled.choose_tokens(bucket, **self._compile_options)
         return self._programs[bucket]
 
 
@@ -258,7 +258,7 @@ def serve(
         stop_token_ids=stop_token_ids,
         vocab_size=model.config.vocab_size,
     )
-    cache_dtype = check_cache_dtype(cache_dtype, model.programs.dtype)
+    cache_dtype = check_cache_dtype(cache_dtype, model.compiled.dtype)
     if kv_scales is None and is_quantized(cache_dtype):
         kv_scales = calibrate_kv_scales(model, prompts, cache_dtype, implementation=implementation)
     server = Server(

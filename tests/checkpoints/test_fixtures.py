@@ -14,7 +14,7 @@ from jaxattn import compute_logits
 from jaxattn.batch.bucket import BucketGrid
 from jaxattn.checkpoints import CheckpointError, load_params
 from jaxattn.checkpoints.opening import open_checkpoint
-from jaxattn.models import DecoderConfig, Model, Programs
+from jaxattn.models import CompiledSteps, DecoderConfig, Model
 
 GRID = BucketGrid(tokens=(32,), max_seqs=8)
 NAMES = sorted(file.stem for file in (Path(__file__).parents[1] / "fixtures").glob("*.zip"))
@@ -23,9 +23,9 @@ SELDOM = {f"transformers_5_{family}" for family in ("mistral", "qwen2", "qwen3",
 
 
 @functools.cache
-def programs_of(config: DecoderConfig) -> Programs:
+def steps_of(config: DecoderConfig) -> CompiledSteps:
     """Compiled once for all checkpoints of a config."""
-    return Programs(config, np.dtype("float32"))
+    return CompiledSteps(config, np.dtype("float32"))
 
 
 @pytest.mark.thinned(2)
@@ -36,7 +36,7 @@ def test_logits(name, tmp_path):
     expected = read_archive(name, tmp_path)
     checkpoint = open_checkpoint(tmp_path, dtype="float32")
     config = checkpoint.plan.config
-    model = Model(config, checkpoint.read(), programs_of(config))
+    model = Model(config, checkpoint.read(), steps_of(config))
     got = compute_logits(model, [list(prompt) for prompt in PROMPTS], grid=GRID)
     for ours, theirs in zip(got, expected, strict=True):
         assert theirs.std() > 0.5

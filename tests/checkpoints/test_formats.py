@@ -22,7 +22,7 @@ from jaxattn.checkpoints.families.gemma_variants import VARIANTS, config_of_vari
 from jaxattn.checkpoints.layouts.hugging_face import choose_table
 from jaxattn.checkpoints.layouts.mapping import Leaf, match, spelled_shapes
 from jaxattn.checkpoints.layouts.rows import Layout, Row
-from jaxattn.models import DecoderConfig, Model, Programs, abstract_params
+from jaxattn.models import CompiledSteps, DecoderConfig, Model, abstract_params
 
 PROMPTS = [[3], [8, 7, 6, 5, 4], [17, 0, 3] * 7]
 GRID = BucketGrid(tokens=(48,), max_seqs=8)
@@ -57,16 +57,16 @@ def tensors_of(family: str) -> tiny.Tensors:
 
 
 @functools.cache
-def programs_of(config: DecoderConfig) -> Programs:
+def steps_of(config: DecoderConfig) -> CompiledSteps:
     """Compiled once for all layouts of a family."""
-    return Programs(config, np.dtype("float32"))
+    return CompiledSteps(config, np.dtype("float32"))
 
 
 def distance(folder: Path, family: str) -> float:
     """How far logits are from those of the dense decoder, for all prompts in one batch."""
     checkpoint = opening.open_checkpoint(folder)
     config = checkpoint.plan.config
-    model = Model(config, checkpoint.read(), programs_of(config))
+    model = Model(config, checkpoint.read(), steps_of(config))
     got = compute_logits(model, PROMPTS, grid=GRID)
     wanted = [dense_decoder.logits(tensors_of(family), tiny.FAMILIES[family], prompt) for prompt in PROMPTS]
     return max(np.abs(g - w).max() for g, w in zip(got, wanted, strict=True))

@@ -24,7 +24,7 @@ from flax.training.train_state import TrainState
 from jaxattn import Model, compute_logits
 from jaxattn.checkpoints import CheckpointError, load_config, load_model, load_params, save_params
 from jaxattn.checkpoints.formats.msgpack import MsgpackWeights
-from jaxattn.models import Programs, abstract_params
+from jaxattn.models import CompiledSteps, abstract_params
 
 PROMPT = [17, 0, 3] * 7
 TIED = tiny.LLAMA | {"tie_word_embeddings": True}
@@ -228,7 +228,7 @@ def test_the_stored_dtype_is_kept(write, tree, tmp_path):
         tiny.save_standard(tiny.write_config(tmp_path, tiny.LLAMA) / "params", mixed)
     model = load_model(tmp_path)
     assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
-    assert model.programs.dtype == jnp.bfloat16
+    assert model.compiled.dtype == jnp.bfloat16
 
 
 def test_bfloat16_logits_stay_close(tree, tensors, tmp_path):
@@ -291,30 +291,30 @@ def test_nothing_is_written_over(expected, tmp_path):
 
 def test_programs_compile_before_the_weights_are_there(tree, tensors, tmp_path, monkeypatch):
     tiny.write_msgpack(tmp_path, tiny.LLAMA, tree)
-    compiled = threading.Event()
+    ready = threading.Event()
     read = MsgpackWeights.read
 
     def read_last(self: MsgpackWeights, names: set[str]) -> Iterator[tuple[str, jax.Array]]:
-        assert compiled.wait(timeout=60), "compilation waits for the weights"
+        assert ready.wait(timeout=60), "compilation waits for the weights"
         yield from read(self, names)
 
-    def score(programs: Programs) -> None:
+    def score(compiled: CompiledSteps) -> None:
         blank = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(programs.config, programs.dtype)
+            lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(compiled.config, compiled.dtype)
         )
-        compute_logits(Model(programs.config, blank, programs), [PROMPT])
-        compiled.set()
+        compute_logits(Model(compiled.config, blank, compiled), [PROMPT])
+        ready.set()
 
     monkeypatch.setattr(MsgpackWeights, "read", read_last)
     model = load_model(tmp_path, buckets=[score])
-    assert len(model.programs.compiled) == 1
+    assert len(model.compiled.programs) == 1
     (logits,) = compute_logits(model, [PROMPT])
     np.testing.assert_allclose(logits, dense_decoder.logits(tensors, tiny.LLAMA, PROMPT), atol=1e-4, rtol=0)
-    assert len(model.programs.compiled) == 1
+    assert len(model.compiled.programs) == 1
 
 
 def test_errors_while_compiling_are_raised(tree, tmp_path):
-    def score(programs: Programs) -> None:
+    def score(compiled: CompiledSteps) -> None:
         raise RuntimeError("no such backend")
 
     with pytest.raises(RuntimeError, match="no such backend"):

@@ -28,7 +28,7 @@ from jaxattn.checkpoints import (
     write_manifest,
 )
 from jaxattn.cli.main import run
-from jaxattn.models import Programs, init_params
+from jaxattn.models import CompiledSteps, init_params
 from jaxattn.serving import plan_generation
 
 TREE = tiny.random_tree(tiny.LLAMA)
@@ -60,10 +60,10 @@ def test_the_report_of_an_overlapped_load(model):
 
 
 def test_what_is_run_was_compiled_while_loading(model):
-    compiled = dict(model.programs.compiled)
+    compiled = dict(model.compiled.programs)
     assert len(compiled) == 3
     generate(model, PROMPTS, 4)
-    assert model.programs.compiled == compiled
+    assert model.compiled.programs == compiled
 
 
 def test_lazy_programs_compile_when_they_are_used(folder, model):
@@ -72,7 +72,7 @@ def test_lazy_programs_compile_when_they_are_used(folder, model):
     assert lazy.report.compiling_seconds == 0
     assert lazy.report.bytes_read == 2 * lazy.report.result_bytes
     compute_logits(lazy, PROMPTS)
-    assert lazy.programs.names == ("score",)
+    assert lazy.compiled.names == ("score",)
 
 
 def test_a_model_without_programs(folder, model):
@@ -97,7 +97,7 @@ def test_a_bucket_that_fails_ends_the_reading(folder, monkeypatch):
             time.sleep(0.01)
             yield "lm_head/kernel", jnp.zeros((24, 61))
 
-    def fail(programs: Programs) -> None:
+    def fail(compiled: CompiledSteps) -> None:
         raise RuntimeError("no such backend")
 
     monkeypatch.setattr("jaxattn.checkpoints.formats.msgpack.MsgpackWeights.read", slowly)
@@ -144,7 +144,7 @@ def test_leaves_are_where_programs_expect_them(folder, model):
     placed = load_model(folder, mesh=mesh, buckets=[PLAN])
     assert shardings(placed.params) == shardings(abstract_params(CONFIG, "float32", mesh))
     assert generate(placed, PROMPTS, 4) == generate(model, PROMPTS, 4)
-    assert len(placed.programs.compiled) == 3
+    assert len(placed.compiled.programs) == 3
 
 
 def test_heads_and_features_are_divided_and_nothing_else():

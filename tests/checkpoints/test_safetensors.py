@@ -157,7 +157,7 @@ def test_mixed_dtypes_in_one_file(tmp_path):
 def test_any_file_by_its_own_name(tmp_path):
     tiny.write_config(tmp_path, tiny.LLAMA)
     save_file(TENSORS, tmp_path / "best.safetensors")
-    assert load_model(tmp_path / "best.safetensors").programs.dtype == jnp.float32
+    assert load_model(tmp_path / "best.safetensors").compiled.dtype == jnp.float32
     assert "give the path of the one to load" in error_of(tmp_path)
 
 

@@ -57,9 +57,9 @@ def test_quantised_cache(model, path, capsys, monkeypatch, dtype):
     compiled = []
 
     def generate_and_look(model, *args, **kwargs):
-        compiled.append(set(model.programs.compiled))
+        compiled.append(set(model.compiled.programs))
         tokens = generate(model, *args, **kwargs)
-        compiled.append(set(model.programs.compiled))
+        compiled.append(set(model.compiled.programs))
         return tokens
 
     monkeypatch.setattr("jaxattn.cli.generate.generate", generate_and_look)
@@ -94,7 +94,7 @@ def warm(model, monkeypatch):
 
     def load(options, *buckets):
         for bucket in buckets:
-            bucket(model.programs)
+            bucket(model.compiled)
         return model
 
     monkeypatch.setattr("jaxattn.cli.generate.load", load)
@@ -165,7 +165,7 @@ def test_tokens_as_they_come(warm, continued, tokenizer, path, capsys):
 def test_more_prompts_than_the_cache_holds(warm, model, path, capsys, monkeypatch):
     """The limit is handed on, and no program of one batch is compiled."""
     arguments = ["--max-new-tokens", "6", "--page-size", "4", "--num-pages", "5", "--json"]
-    compiled = set(model.programs.compiled)
+    compiled = set(model.compiled.programs)
     served = []
 
     def serve(*args, num_pages, page_size, **options):
@@ -176,7 +176,7 @@ def test_more_prompts_than_the_cache_holds(warm, model, path, capsys, monkeypatc
     assert run(["generate", path, *PROMPT_OPTIONS, *arguments]) == 0
     assert json.loads(capsys.readouterr().out) == {"tokens": [[1], [2], [3]]}
     assert served == [(5, 4)]
-    assert set(model.programs.compiled) == compiled
+    assert set(model.compiled.programs) == compiled
 
 
 def test_prompts_of_a_file(warm, model, tokenizer, path, tmp_path, capsys):

@@ -14,7 +14,7 @@ import window_sizes
 from side_by_side import Range, times_as_long
 
 from jaxattn import Bucket, nest_sequences
-from jaxattn.models import init_cache
+from jaxattn.models import init_model_cache
 from jaxattn.training import next_token_targets
 
 
@@ -43,7 +43,7 @@ def test_arms_have_as_many_parameters_as_the_baseline(sizes):
 def test_bytes_of_a_token_are_those_of_the_cache():
     for decoder in head_sharing.arms(head_sharing.Config()).values():
         cache = jax.eval_shape(
-            lambda decoder=decoder: init_cache(decoder, num_pages=3, page_size=5, dtype="float32")
+            lambda decoder=decoder: init_model_cache(decoder, num_pages=3, page_size=5, dtype="float32")
         )
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         assert head_sharing.cache_bytes_per_token(decoder) * 15 == held

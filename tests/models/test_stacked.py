@@ -19,7 +19,7 @@ from jaxattn import (
 )
 from jaxattn.batch.ragged import PAD_SLOT
 from jaxattn.checkpoints import abstract_params, load_model, load_params, save_params
-from jaxattn.models import Model, forward, init_cache, init_params, stack_layers, unstack_layers
+from jaxattn.models import Model, forward, init_model_cache, init_params, stack_layers, unstack_layers
 from jaxattn.models.steps import score
 from jaxattn.serving.generate import calibrate_kv_scales
 from jaxattn.serving.server import serve
@@ -78,8 +78,8 @@ def test_a_cache_of_the_other_kind_is_refused(models):
     batch = nest_sequences([[1, 2, 3]], page_tables=[[1, 2]], page_size=2, bucket=Bucket(5, 2, 4))
     metadata = prepare_metadata(batch, CONFIG.layer_specs())
     for model, other in zip(models, (True, False), strict=True):
-        cache = init_cache(CONFIG, num_pages=4, page_size=2, dtype="float32", stack_layers=other)
-        with pytest.raises(ValueError, match=f"make the cache by init_cache.*stack_layers={not other}"):
+        cache = init_model_cache(CONFIG, num_pages=4, page_size=2, dtype="float32", stack_layers=other)
+        with pytest.raises(ValueError, match=f"make the cache by init_model_cache.*stack_layers={not other}"):
             forward(model.params, CONFIG, batch.token_ids, metadata, cache)
 
 

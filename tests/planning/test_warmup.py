@@ -9,7 +9,7 @@ import pytest
 from jaxattn import Bucket, BucketGrid, DecoderConfig, Model, Server, forbid_compiles, generate, serve, warmup
 from jaxattn.batch import BatchLog, BucketPlan, read_trace
 from jaxattn.compiling import CompilationForbiddenError, count_compiles
-from jaxattn.models import Programs, init_params
+from jaxattn.models import CompiledSteps, init_params
 from jaxattn.planning import LinearCost, fit_cost, measure_steps, plan_buckets
 from jaxattn.serving import calibrate_kv_scales, largest_step, plan_generation
 
@@ -88,18 +88,18 @@ def test_servers_of_one_model_share_programs(model):
 
 
 def test_a_grid_is_warmed_up_whole():
-    programs = Programs(CONFIG, np.dtype("float32"))
+    compiled = CompiledSteps(CONFIG, np.dtype("float32"))
     grid = BucketGrid(tokens=(2, 4), pages=(4,), max_seqs=2)
-    report = warmup(programs, grid, num_pages=8, page_size=4)
+    report = warmup(compiled, grid, num_pages=8, page_size=4)
     # Two mixed buckets; one for decode steps, since both sizes of tokens have as many sequences.
     assert report.programs == ("empty_cache",) + ("choose_tokens",) * 3
 
 
-def test_programs_of_another_process_are_read(tmp_path):
+def test_steps_of_another_process_are_read(tmp_path):
     for hits in (0, 3):
         jax.clear_caches()
-        programs = Programs(CONFIG, np.dtype("float32"), cache_dir=tmp_path)
-        assert warmup(programs, PLAN, **CACHE).cache_hits == hits
+        compiled = CompiledSteps(CONFIG, np.dtype("float32"), cache_dir=tmp_path)
+        assert warmup(compiled, PLAN, **CACHE).cache_hits == hits
 
 
 def test_the_cache_of_a_server_must_be_known(model):

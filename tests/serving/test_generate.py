@@ -24,8 +24,7 @@ from jaxattn import (
     prepare_metadata,
     write_cache,
 )
-from jaxattn import init_cache as init_layer_cache
-from jaxattn.models import Programs, forward, init_cache, init_params
+from jaxattn.models import CompiledSteps, forward, init_model_cache, init_params
 from jaxattn.models.options import PromptOptions, RowOptions
 from jaxattn.models.steps import step
 from jaxattn.serving import calibrate_kv_scales, compile_generation, fits_one_batch, plan_generation
@@ -89,10 +88,10 @@ def test_arrays_are_prompts_too(model, tokens):
 
 
 def test_other_prompts_of_one_bucket_compile_nothing(model, tokens):
-    compiled = set(model.programs.compiled)
+    compiled = set(model.compiled.programs)
     assert generate(model, PROMPTS, NEW - 2) == [t[: NEW - 2] for t in tokens]  # the same quarter step
     assert generate(model, [[2] * 10, [4] * 31, [5], [6] * 15], NEW)
-    assert set(model.programs.compiled) == compiled
+    assert set(model.compiled.programs) == compiled
 
 
 def test_one_trace_per_bucket(model, monkeypatch):
@@ -113,18 +112,18 @@ def test_stop_token(model, tokens):
 
 def test_limits_of_each_prompt(model, tokens):
     assert generate(model, PROMPTS, NEW) == tokens
-    compiled = set(model.programs.compiled)
+    compiled = set(model.compiled.programs)
     limits = [NEW, 16, 9, 17]  # in as many pages
     expected = [new[:limit] for new, limit in zip(tokens, limits, strict=True)]
     assert generate(model, PROMPTS, limits) == expected
     assert generate(model, PROMPTS, np.array(limits)) == expected
-    assert set(model.programs.compiled) == compiled
+    assert set(model.compiled.programs) == compiled
 
 
 def test_stop_tokens_of_each_prompt(model, tokens):
     """The first of several ends a prompt, and is its last token; other prompts' stop tokens are nothing."""
     assert generate(model, PROMPTS, NEW) == tokens
-    compiled = set(model.programs.compiled)
+    compiled = set(model.compiled.programs)
     stops = [[tokens[0][6], tokens[0][3]], [], tokens[2][9:10], [tokens[3][0], 5]]
     expected = [until(new, set(stop)) for new, stop in zip(tokens, stops, strict=True)]
     assert [len(new) for new in expected].count(NEW) < 3
@@ -132,7 +131,7 @@ def test_stop_tokens_of_each_prompt(model, tokens):
     shared = {token for stop in stops for token in stop}
     expected = [until(new, shared) for new in tokens]
     assert generate(model, PROMPTS, NEW, stop_token_ids=shared) == expected
-    assert set(model.programs.compiled) == compiled
+    assert set(model.compiled.programs) == compiled
     many = sorted({*shared, *range(50, 80)})  # more than every program has room for
     assert generate(model, PROMPTS, NEW, stop_token_ids=many) == [until(new, set(many)) for new in tokens]
 
@@ -155,11 +154,11 @@ def test_draws_do_not_depend_on_the_batch(model, tokens):
     together = generate(model, PROMPTS, NEW, sampling=MIXED)
     assert together[1] == tokens[1]
     assert all(together[i] != tokens[i] for i in (0, 2, 3))
-    compiled = set(model.programs.compiled)
+    compiled = set(model.compiled.programs)
     order = [2, 0, 3, 1]
     moved = generate(model, [PROMPTS[i] for i in order], NEW, sampling=[MIXED[i] for i in order])
     assert moved == [together[i] for i in order]
-    assert set(model.programs.compiled) == compiled
+    assert set(model.compiled.programs) == compiled
     assert generate(model, PROMPTS[:1], NEW, sampling=MIXED[:1]) == together[:1]
 
 
@@ -179,14 +178,14 @@ def test_tokens_as_they_come(model, tokens, every):
     stops, limits = [[], [], tokens[2][9:10], []], [NEW, 1, NEW, 11]
     run = functools.partial(generate, model, PROMPTS, limits, stop_token_ids=stops)
     result = run()
-    compiled = set(model.programs.compiled)
+    compiled = set(model.compiled.programs)
     calls: list[tuple[int, list[int]]] = []
     assert run(stream_every=every, on_tokens=lambda i, new: calls.append((i, new))) == result
     assert joined(calls) == result
     assert calls[:4] == [(i, result[i][:1]) for i in range(4)]  # the first token of each comes at once
     assert max(len(new) for _, new in calls) <= every
     assert len(calls) == sum(1 + -(-(len(new) - 1) // every) for new in result)
-    assert set(model.programs.compiled) == compiled
+    assert set(model.compiled.programs) == compiled
 
 
 def joined(calls: list[tuple[int, list[int]]]) -> list[list[int]]:
@@ -222,10 +221,10 @@ class TestManyPrompts:
             stop_token_ids=[[], [3], [4, 5], []],
         )
         expected = run()
-        compiled = set(model.programs.compiled)
+        compiled = set(model.compiled.programs)
         calls = []
         assert run(num_pages=2, on_tokens=lambda i, new: calls.append((i, new)), **limit) == expected
-        new_programs = {name for name, *_ in set(model.programs.compiled) - compiled}
+        new_programs = {name for name, *_ in set(model.compiled.programs) - compiled}
         assert new_programs <= {"empty_cache", "choose_tokens"}  # none of one batch
         assert all(len(new) == 1 for _, new in calls)
         assert joined(calls) == expected
@@ -282,17 +281,17 @@ def test_one_flat_prompt(model):
 
 
 def test_programs_compiled_ahead_are_those_that_run(model):
-    programs = Programs(model.config, model.programs.dtype)
-    compile_generation(programs, plan_generation([len(p) for p in PROMPTS], NEW))
-    compiled = set(programs.compiled)
-    generate(Model(model.config, model.params, programs), PROMPTS, NEW)
-    assert set(programs.compiled) == compiled
+    compiled = CompiledSteps(model.config, model.compiled.dtype)
+    compile_generation(compiled, plan_generation([len(p) for p in PROMPTS], NEW))
+    before = set(compiled.programs)
+    generate(Model(model.config, model.params, compiled), PROMPTS, NEW)
+    assert set(compiled.programs) == before
 
 
 def test_low_precision(model):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     low = Model.from_params(CONFIG, params)
-    assert low.programs.dtype == jnp.bfloat16
+    assert low.compiled.dtype == jnp.bfloat16
     logits, exact = compute_logits(low, PROMPTS)[2], compute_logits(model, PROMPTS)[2]
     assert 0 < np.abs(logits - exact).max() < 0.25 * exact.std()
 
@@ -404,12 +403,15 @@ class TestQuantisedCache:
         options = {"cache_dtype": dtype, "implementation": implementation}
         expected = generate(model, PROMPTS, 3, **options)
 
-        def poisoned(**kwargs):
-            layer = init_layer_cache(**kwargs)
-            pages = jnp.full_like(layer.k_pages, poison)
-            return dataclasses.replace(layer, k_pages=pages, v_pages=pages + 0)
+        empty = Model.empty_cache
 
-        monkeypatch.setattr("jaxattn.models.decoder.init_layer_cache", poisoned)
+        def poisoned(self, **kwargs):
+            def fill(leaf):
+                return jnp.full_like(leaf, poison) if leaf.ndim == 4 else leaf  # pages, and not their scales
+
+            return jax.tree.map(fill, empty(self, **kwargs))
+
+        monkeypatch.setattr(Model, "empty_cache", poisoned)
         assert generate(model, PROMPTS, 3, **options) == expected
 
     @pytest.mark.slow
@@ -428,11 +430,11 @@ class TestQuantisedCache:
         assert tokens[0] == tokens[1]
 
     def test_programs_compiled_ahead_are_those_that_run(self, model):
-        scales, programs = powers_of_two(model, "int8"), Programs(model.config, model.programs.dtype)
-        compile_generation(programs, plan_generation([len(p) for p in PROMPTS], NEW), cache_dtype="int8")
-        compiled = set(programs.compiled)
-        generate(Model(CONFIG, model.params, programs), PROMPTS, NEW, cache_dtype="int8", kv_scales=scales)
-        assert set(programs.compiled) == compiled
+        scales, compiled = powers_of_two(model, "int8"), CompiledSteps(model.config, model.compiled.dtype)
+        compile_generation(compiled, plan_generation([len(p) for p in PROMPTS], NEW), cache_dtype="int8")
+        before = set(compiled.programs)
+        generate(Model(CONFIG, model.params, compiled), PROMPTS, NEW, cache_dtype="int8", kv_scales=scales)
+        assert set(compiled.programs) == before
 
     GOOD = jnp.ones((2, 2))
     BAD = GOOD.at[1, 0].set(jnp.nan)
@@ -472,7 +474,7 @@ class TestQuantisedCache:
         model = Model.from_params(CONFIG, model.params)
         with pytest.raises(ValueError, match=message):
             generate(model, PROMPTS, NEW, **options)
-        assert not model.programs.compiled
+        assert not model.compiled.programs
 
     def test_calibration_refuses(self, model):
         with pytest.raises(
@@ -520,7 +522,7 @@ def two_steps(model: Model, implementation: str, dtype: str, scales: KVScales | 
         num_pages=24,
         bucket=Bucket(tokens=64, seqs=4, pages=24),
     )
-    cache = init_cache(CONFIG, num_pages=24, page_size=5, dtype=dtype, kv_scales=scales)
+    cache = init_model_cache(CONFIG, num_pages=24, page_size=5, dtype=dtype, kv_scales=scales)
     run = jax.jit(functools.partial(step, config=CONFIG, num_rows=4, implementation=implementation))
     prefilled, cache = run(model.params, cache, batch)
     batch = advance(batch, jnp.arange(4, dtype=jnp.int32), bucket=batch.bucket.decode())
@@ -543,10 +545,10 @@ class TestStoppingTheLoop:
             "greedy": False,
             "implementation": implementation,
         }
-        self.prefill = model.programs.prefill(self.BUCKET, decode_seqs=4, **shared)
-        self.decode = model.programs.decode(self.BUCKET.decode(), **shared)
+        self.prefill = model.compiled.prefill(self.BUCKET, decode_seqs=4, **shared)
+        self.decode = model.compiled.decode(self.BUCKET.decode(), **shared)
         self.model, self.pool = model, PagePool(self.NUM_PAGES, self.PAGE_SIZE)
-        self.cache = init_cache(CONFIG, num_pages=64, page_size=4, dtype="float32")
+        self.cache = init_model_cache(CONFIG, num_pages=64, page_size=4, dtype="float32")
         self.texts: list[list[int]] = []
         self.tables: list[np.ndarray] = []
         self.cached: list[int] = []

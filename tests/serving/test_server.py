@@ -127,9 +127,9 @@ def test_draws_depend_on_the_seed_alone(model, tokens, limits):
     streamed: dict[int, list[int]] = {}
     for prompt, new, stop, sampling in zip(PROMPTS, most, stops, SAMPLING, strict=True):
         streamed[server.add(prompt, new, sampling=sampling, stop_token_ids=stop)] = []
-    before = model.programs.names.count("choose_tokens")
+    before = model.compiled.names.count("choose_tokens")
     results = server.run(lambda request, new: streamed[request].extend(new))
-    assert model.programs.names.count("choose_tokens") - before <= 2  # a mixed bucket, and a decode bucket
+    assert model.compiled.names.count("choose_tokens") - before <= 2  # a mixed bucket, and a decode bucket
     assert results == streamed
     for i, stop in enumerate(stops):
         wanted = expected[i][: most[i]]

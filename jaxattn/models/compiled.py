@@ -23,7 +23,7 @@ from jaxattn.cache.quantization import is_quantized
 from jaxattn.compiling.compiles import compile_cache
 from jaxattn.models import steps
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.layer_caches import Cache, check_cache_dtype, init_cache
+from jaxattn.models.layer_caches import Cache, check_cache_dtype, init_model_cache
 from jaxattn.models.options import RowOptions
 from jaxattn.models.params import Params, abstract_params, replicated
 from jaxattn.models.sampling import SamplingArrays
@@ -32,7 +32,7 @@ from jaxattn_kernels.arrays import KVScales
 
 
 @dataclass(slots=True)
-class Programs:
+class CompiledSteps:
     """Compiles a decoder's programs and keeps them.
 
     Attributes:
@@ -43,7 +43,7 @@ class Programs:
             configured.
         stack_layers: Whether the parameters have stacked layers.
         may_compile: Whether a program that is not there yet is compiled when it is asked for.
-        compiled: Every program compiled so far, by what it was compiled for.
+        programs: Every program compiled so far, by what it was compiled for.
     """
 
     config: DecoderConfig
@@ -52,12 +52,12 @@ class Programs:
     cache_dir: str | os.PathLike[str] | None = None
     stack_layers: bool = False
     may_compile: bool = True
-    compiled: dict[tuple[Hashable, ...], jax.stages.Compiled] = field(default_factory=dict)
+    programs: dict[tuple[Hashable, ...], jax.stages.Compiled] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the programs compiled so far do, such as "score" or "prefill"."""
-        return tuple(str(name) for name, *_ in self.compiled)
+        return tuple(str(name) for name, *_ in self.programs)
 
     def score(self, bucket: Bucket, *, implementation: str = "auto") -> Callable:
         """The program `(params, batch) -> logits` of `steps.score`."""
@@ -170,8 +170,8 @@ class Programs:
         leaves, tree = jax.tree.flatten(abstract_args)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         key = (function.__name__, tree, shapes, tuple(static.items()))
-        if key in self.compiled:
-            return self.compiled[key]
+        if key in self.programs:
+            return self.programs[key]
         if not self.may_compile:
             raise ValueError(
                 f"the program {function.__name__!r} is not compiled, and compile='none' was asked for; load "
@@ -185,8 +185,8 @@ class Programs:
         )
         with compile_cache(self.cache_dir):
             placed = jax.tree.map(self._place, abstract_args)
-            self.compiled[key] = jitted.lower(*placed, config=self.config, **static).compile()
-        return self.compiled[key]
+            self.programs[key] = jitted.lower(*placed, config=self.config, **static).compile()
+        return self.programs[key]
 
     def _place(self, leaf: Any) -> jax.ShapeDtypeStruct:
         """An argument like this leaf, on all devices, unless it is abstract and says where it is."""
@@ -209,7 +209,7 @@ class Programs:
     def _cache(self, num_pages: int, page_size: int, cache_dtype: jax.typing.DTypeLike | None) -> Any:
         dtype = check_cache_dtype(cache_dtype, self.dtype)
         return jax.eval_shape(
-            lambda: init_cache(
+            lambda: init_model_cache(
                 self.config,
                 num_pages=num_pages,
                 page_size=page_size,
@@ -227,12 +227,12 @@ class Model:
     Attributes:
         config: The decoder's configuration.
         params: Its parameters.
-        programs: What has been compiled for it.
+        compiled: The programs of its steps.
     """
 
     config: DecoderConfig
     params: Params
-    programs: Programs
+    compiled: CompiledSteps
 
     @classmethod
     def from_params(cls, config: DecoderConfig, params: Params) -> Model:
@@ -242,8 +242,8 @@ class Model:
         mesh = (
             sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
         )
-        programs = Programs(config, embed.dtype, mesh, stack_layers=is_stacked(params))
-        return Model(config, params, programs)
+        compiled = CompiledSteps(config, embed.dtype, mesh, stack_layers=is_stacked(params))
+        return Model(config, params, compiled)
 
     def empty_cache(
         self,
@@ -262,7 +262,7 @@ class Model:
             kv_scales: Of a quantised cache, and of no other, its scales `[L, K]`.
 
         Raises:
-            ValueError: As of `init_cache`.
+            ValueError: As of `init_model_cache`.
         """
-        program = self.programs.empty_cache(num_pages=num_pages, page_size=page_size, cache_dtype=cache_dtype)
+        program = self.compiled.empty_cache(num_pages=num_pages, page_size=page_size, cache_dtype=cache_dtype)
         return program(jax.tree.map(lambda scale: np.asarray(scale, np.float32), kv_scales))
