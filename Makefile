@@ -8,14 +8,22 @@ WITH ?=
 PARALLEL ?= -n auto --dist worksteal
 # Further options of pytest.
 OPTIONS ?=
+# Which part of the thorough tests: k/n, or auto for the one whose turn it is by the number of commits; empty for all.
+SHARD ?=
+PYTEST = JAXATTN_SHARD=$(SHARD) $(PYTHON) -m pytest $(PARALLEL) $(OPTIONS)
+# Thorough tests compile as users do.
+THOROUGHLY := JAX_DISABLE_MOST_OPTIMIZATIONS=0
+# What pytest and its plugins rewrite of the tests is kept, wherever the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo experiments docs jupyter test test-slow test-oldest test-compile resources tables check install clean
+.PHONY: help demo experiments docs jupyter test test-slow test-all test-oldest test-compile resources tables check install clean
 
 help:
 	@echo "make demo          train, load, generate on every backend (about two minutes)"
 	@echo "make test          the test suite"
-	@echo "make test-slow     the same with thorough settings"
-	@echo "make test-oldest   the suite on the oldest supported JAX"
+	@echo "make test-slow     what it leaves out; with SHARD=k/n a part of it, with SHARD=auto the part that is due"
+	@echo "make test-all      everything, SASS included; with SHARD=k/n a part of it"
+	@echo "make test-oldest   the main paths on the oldest supported JAX"
 	@echo "make test-compile  compile the kernels to SASS, without a GPU; with KIND=compile in every case"
 	@echo "make resources     compile the main kernels, write registers and shared memory into their table"
 	@echo "make experiments   run every experiment in a small setting, rewrite the tables in experiments/README.md"
@@ -28,27 +36,27 @@ demo: $(VENV)/installed
 	$(VENV)/bin/jaxattn demo
 
 test: $(VENV)/installed
-	$(PYTHON) -m pytest $(PARALLEL) $(OPTIONS)
+	$(PYTEST)
 
 test-slow: $(VENV)/installed
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTHON) -m pytest $(PARALLEL) -m "slow and not compile"
+	$(THOROUGHLY) $(PYTEST) -m "slow and not compile"
 
-# Fewer examples and cases: what the oldest version lacks shows on the first ones. What a compiled program
-# costs is counted on the newest alone, and so are, for time, files that add little to what the others ask of JAX.
-ONLY_NEWEST := never_dearer laws exports scheduler gpu_harness packed_training checkpoints_families \
-  serve tune demo cli packing known_bugs checkpoints_safetensors decoder blackwell text sampling user_tables \
-  inspect load_report checkpoints_config checkpoints_formats checkpoints_fixtures checkpoints_fuzz \
-  experiments ablations notebooks docs viz html planner partition trace cli_buckets stacked readme \
-  int32_bounds launches mosaic_gradient warmup nn
+test-all: $(VENV)/installed
+	$(THOROUGHLY) $(PYTEST) -m "not compile"
+	$(MAKE) test-compile KIND=compile
+
+# Few examples and cases: what the oldest version lacks shows on the first ones.
+OLDEST := VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2"
 test-oldest:
-	JAXATTN_EXAMPLES=5 $(MAKE) test VENV=.venv-oldest WITH="jax==0.11.2 jaxlib==0.11.2" \
-	  OPTIONS="$(ONLY_NEWEST:%=--ignore=tests/test_%.py) --deselect=tests/test_generate.py::TestQuantisedCache"
+	$(MAKE) .venv-oldest/installed $(OLDEST)
+	JAXATTN_EXAMPLES=5 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "smoke and not slow and not compile"
 
 # An environment of its own: JAX would complain of a CUDA plugin without CUDA everywhere else.
 test-compile: KIND ?= compile and not slow
 test-compile:
 	$(MAKE) .venv-compile/installed-compile VENV=.venv-compile
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python -m pytest -n auto -m "$(KIND)"
+	JAXATTN_SHARD=$(SHARD) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
+	  .venv-compile/bin/python -m pytest -n auto -m "$(KIND)" tests/compile
 
 # What the kernels of today take, for review in the diff.
 resources:
@@ -79,7 +87,7 @@ check: $(VENV)/installed
 install: $(VENV)/installed
 
 clean:
-	rm -rf .venv .venv-oldest .venv-compile demo-output
+	rm -rf .venv .venv-oldest .venv-compile .jax_cache .docs_cache demo-output
 
 # The first interpreter that runs and is new enough. A pyenv shim may exist and still not run.
 $(VENV)/bin/python:

@@ -1,4 +1,4 @@
-"""Strict settings for every test: no silent dtype or rank promotion."""
+"""Strict settings for every test: no silent dtype or rank promotion; compiled programs are kept."""
 
 import os
 
@@ -8,10 +8,11 @@ os.environ.setdefault("NPROC", "8")
 
 from pathlib import Path
 
+import compiled_programs
+import effort
 import hypothesis
 import jax
 import pytest
-from effort import EXAMPLES, IS_QUICK, KEPT_EVERY, left_out, thinning
 
 # A program is compiled for a few small runs: most of the compiler's time would go into speed that no test
 # needs. `make test-slow` compiles as users do, and so does what compiles for a GPU (compile/deviceless.py).
@@ -19,10 +20,14 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+compiled_programs.keep()
 
 # How long an example takes says nothing of its correctness: machines are noisy, and some compile.
 hypothesis.settings.register_profile(
-    "jaxattn", max_examples=EXAMPLES, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "jaxattn",
+    max_examples=effort.EXAMPLES,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jaxattn")
 
@@ -40,15 +45,33 @@ def forget_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def keep_no_programs_of_the_simulator(request):
+    """A file marked `simulator` compiles anew: jaxlib once crashed there, in a thread, with the cache on."""
+    if request.node.get_closest_marker("simulator") is None:
+        yield
+    else:
+        with compiled_programs.not_kept():
+            yield
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` takes its choice
 def pytest_collection_modifyitems(config, items):
-    """Mark what an everyday run leaves out as slow, and drop what a quick one does."""
-    for item in left_out(items, thinning):
-        item.add_marker(pytest.mark.slow)
-    if IS_QUICK:
-        dropped = set(left_out([i for i in items if not i.get_closest_marker("slow")], lambda _: KEPT_EVERY))
-        config.hook.pytest_deselected(items=[*dropped])
-        items[:] = [item for item in items if item not in dropped]
+    """Mark what an everyday run leaves out as slow, and drop what another shard has."""
+    effort.mark_slow(items)
+    dropped = set(effort.of_other_shards(items))
+    config.hook.pytest_deselected(items=[*dropped])
+    items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # once per run
+        compiled_programs.remove_the_oldest()
+
+
+def pytest_report_header():
+    part, parts = effort.SHARD
+    return f"rotation {effort.ROTATION[:12] or 'none'}, part {part} of {parts}"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_checkpoints as tiny
 import tiny_layouts as layouts
-from checkpoint_matrix import CELLS, FAMILIES, TREES
+from checkpoint_matrix import CASES, EVERYDAY, FAMILIES
 from dense_decoder import NONE, Mistakes
 
 from jaxattn import Model, compute_logits, generate
@@ -142,12 +142,14 @@ WRONG_WEIGHTS: list[tuple[str, str, Callable[[tiny.Tensors], tiny.Tensors]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(("family", "keys"), WRONG_CONFIGS)
 def test_a_key_of_the_config_misread_would_be_noticed(family, keys, logits):
     config = tiny.FAMILIES[family] | keys
     assert distance(logits(family), tensors_of(family), config) > 100 * ATOL
 
 
+@pytest.mark.slow
 def test_another_epsilon_would_be_noticed(tmp_path):
     """It moves logits the least of all mistakes, where embeddings are as small as those of trained models."""
     config, tensors = tiny.FAMILIES["Llama 2"], dict(tensors_of("Llama 2"))
@@ -157,17 +159,20 @@ def test_another_epsilon_would_be_noticed(tmp_path):
     assert distance(got, tensors, config | {"rms_norm_eps": 1e-6}) > 10 * ATOL
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", ["Llama 2", "Gemma 3"])
 def test_rounded_weights_would_be_noticed(family, logits):
     tensors = {name: x.astype(jnp.bfloat16).astype(np.float32) for name, x in tensors_of(family).items()}
     assert distance(logits(family), tensors, tiny.FAMILIES[family]) > 100 * ATOL
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(("family", "mistakes"), WRONG_DECODERS)
 def test_a_step_of_the_decoder_done_wrong_would_be_noticed(family, mistakes, logits):
     assert distance(logits(family), tensors_of(family), tiny.FAMILIES[family], mistakes) > 100 * ATOL
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(("family", "what", "change"), WRONG_WEIGHTS)
 def test_weights_taken_for_others_would_be_noticed(family, what, change, logits):
     config = tiny.FAMILIES[family]
@@ -213,17 +218,10 @@ def orbax_tree(format_name: str, config: dict, tensors: tiny.Tensors) -> Any:
             return jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, tree)
 
 
-WRITTEN = [("float32", 4), ("bfloat16", 5)]
-"""Dtype, and the version of transformers whose dialect the config has."""
-CASES = [
-    # In Orbax, where only the tree differs, one of the two at a time; the other under `slow`.
-    pytest.param(*cell, *written, marks=pytest.mark.slow if cell[0] in TREES and (i + j) % 2 else ())
-    for i, cell in enumerate(CELLS)
-    for j, written in enumerate(WRITTEN)
-]
-
-
-@pytest.mark.parametrize(("format_name", "family", "stored", "dialect"), CASES)
+@pytest.mark.parametrize(
+    ("format_name", "family", "stored", "dialect"),
+    [case if case in EVERYDAY else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_every_cell_loads_the_same_parameters(format_name, family, stored, dialect, loaded, tmp_path):
     written = tiny.FAMILIES[family]
     tensors = {name: tensor.astype(jnp.dtype(stored)) for name, tensor in tensors_of(family).items()}

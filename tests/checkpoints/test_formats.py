@@ -127,6 +127,7 @@ def test_logits_of_a_ragged_batch(layout, family, tmp_path):
     assert distance(folder, family) < ATOL
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("layout", "family", "change"), WRONG)
 def test_a_mistake_in_a_table_would_be_noticed(layout, family, change, tmp_path, monkeypatch):
     choose = opening.choose_table

@@ -30,7 +30,7 @@ def documented_objects() -> dict[str, object]:
             names = [n for n in getattr(listed, "__all__", ()) if n not in excluded]
             objects |= {f"{name}.{n}": getattr(listed, n) for n in names}
         else:
-            full = name if name.startswith("jaxattn.") else f"{module}.{name}"
+            full = name if name.startswith(("jaxattn.", "jaxattn_kernels.")) else f"{module}.{name}"
             owner, _, attribute = full.rpartition(".")
             objects[full] = getattr(importlib.import_module(owner), attribute)
     return objects
@@ -62,11 +62,8 @@ def test_nothing_stands_in_the_reference_twice():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(SITE)))
 def test_pages(page):
+    """What building the site does not refuse."""
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#:]+\.md)(?:#[\w-]+)?\)", text):
-        assert (page.parent / target).is_file(), target
-    for target in re.findall(r"^```\{(?:include|literalinclude)\} (\S+)", text, re.MULTILINE):
-        assert (page.parent / target).is_file(), target
     assert not re.search(r"/(home|work|tmp|root)/", text)
     for cell in CODE.findall(text):
         long = [line for line in cell.splitlines() if len(line) > 88]

@@ -61,9 +61,3 @@ def test_notebooks_begin_with_their_title_and_have_one(source):
     for kind, text in cells_of(source):
         if kind == "code":
             ast.parse(text)
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_links_lead_to_notebooks_that_exist(source):
-    links = re.findall(r"\]\(([0-9]\w+)\)", source.read_text(encoding="utf-8"))
-    assert set(links) <= {path.stem for path in SOURCES}

@@ -37,7 +37,7 @@ from jaxattn_kernels.mosaic_gpu import blackwell as kernel
 from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
 from jaxattn_kernels.mosaic_gpu.parts import KernelConfig
 
-pytestmark = [pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
+pytestmark = [pytest.mark.simulator, pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
 BLACKWELL = "10.0"
 

@@ -34,7 +34,7 @@ from jaxattn.measuring.workloads import ODD, Workload
 from jaxattn_kernels.mosaic_gpu import hopper as kernel
 from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
 
-pytestmark = [pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
+pytestmark = [pytest.mark.simulator, pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
 
 @pytest.mark.thinned(3)

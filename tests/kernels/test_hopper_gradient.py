@@ -40,7 +40,7 @@ from jaxattn_kernels.arrays import Attended
 from jaxattn_kernels.mosaic_gpu import hopper_gradient as kernel
 from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
 
-pytestmark = [pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
+pytestmark = [pytest.mark.simulator, pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
 
 def gradients_by(attend: Any, spec: AttentionSpec):

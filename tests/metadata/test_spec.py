@@ -1,5 +1,6 @@
 from typing import Any
 
+import jax
 import pytest
 
 from jaxattn import AttentionSpec
@@ -16,9 +17,17 @@ def test_derived_values():
     assert spec.window_class == WindowClass(causal=True, sliding_window=7)
 
 
-def test_is_static():
-    assert hash(AttentionSpec(**HEADS)) == hash(AttentionSpec(**HEADS))
-    assert AttentionSpec(**HEADS) != AttentionSpec(**HEADS, logits_soft_cap=30.0)
+def test_equal_ones_share_a_program():
+    traced = []
+
+    def program(x: float, spec: AttentionSpec) -> float:
+        traced.append(spec)
+        return x
+
+    program = jax.jit(program, static_argnums=1)
+    for soft_cap in (None, None, 30.0):
+        program(1.0, AttentionSpec(**HEADS, logits_soft_cap=soft_cap))
+    assert [spec.logits_soft_cap for spec in traced] == [None, 30.0]
 
 
 @pytest.mark.parametrize(
