@@ -56,6 +56,7 @@ def check_against_reference(heads, window, soft_cap, page_size, head_dim, implem
         np.testing.assert_array_equal(padding, 0)
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(("heads", "window", "soft_cap", "page_size", "head_dim"), covering_selection())
@@ -81,6 +82,7 @@ def test_many_key_blocks(window, page_size, implementation):
     assert_as_good_as(got, plain, problem.expected(spec), jnp.dtype("float32"))
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 @pytest.mark.parametrize(
@@ -174,6 +176,7 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(jnp.asarray(x, dtype), np.float32)
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 @pytest.mark.parametrize(("kv_dtype", "dtype", "options", "workload"), QUANTIZED)
@@ -324,6 +327,7 @@ def run_packed(problem: Problem, spec: AttentionSpec, implementation: str = "ref
     return out[:n]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_keys(causal, implementation):
@@ -389,6 +393,7 @@ def test_decode_bucket_equals_general_bucket(workload, implementation):
     np.testing.assert_array_equal(outs[0][len(workload.q_lens) :], 0)
 
 
+@pytest.mark.smoke
 class TestValidation:
     spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16)
     batch = nest_workload(ODD[0], bucket=Bucket(160, 8))
@@ -494,6 +499,7 @@ class TestValidation:
             )
 
 
+@pytest.mark.smoke
 class TestChoice:
     spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=64)
 
@@ -538,6 +544,7 @@ class TestChoice:
         )
 
 
+@pytest.mark.smoke
 def test_triton_with_64_bit_types_enabled():
     problem = Problem.draw(ODD[3], TestChoice.spec)
     expected, _ = run_paged(problem, TestChoice.spec, 16, "triton")
@@ -548,6 +555,7 @@ def test_triton_with_64_bit_types_enabled():
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_float32_products_are_full(implementation):
     spec = TestChoice.spec

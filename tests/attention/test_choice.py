@@ -70,6 +70,7 @@ def on(monkeypatch):
     return pretend
 
 
+@pytest.mark.smoke
 class TestChoose:
     def test_the_reason_cites_the_fact(self, on):
         on()

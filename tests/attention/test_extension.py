@@ -113,6 +113,7 @@ def decay_step(x, states, batch):
     return decay(x, states, prepare_metadata(batch, consumers=DECAY, derive=DERIVED))
 
 
+@pytest.mark.smoke
 def test_a_new_kind_of_layer_declares_what_it_reads():
     """Prefill in two chunks, then decode steps advanced on the device, against one plain loop."""
     lens, rng = (5, 9, 1), np.random.default_rng(0)

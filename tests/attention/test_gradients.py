@@ -189,6 +189,7 @@ OPTIONS: list[tuple[dict[str, Any], int | None]] = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(("options", "page_size"), OPTIONS)
@@ -275,6 +276,7 @@ def small_step(implementation: str = "xla", **options: Any):
     return attend, (q, k, v)
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 2, "logits_soft_cap": 1.0}], ids=["plain", "all"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -312,6 +314,7 @@ def test_vmap_over_arrays_of_one_batch(implementation):
             np.testing.assert_allclose(stacked[i], single, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_vmap_over_batches(implementation):
@@ -374,6 +377,7 @@ def test_scan_over_layers_and_checkpoint(implementation, scan):
             np.testing.assert_allclose(g, e, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.smoke
 def test_a_checkpoint_policy_can_save_the_results_of_attention():
     """Then attention is not computed a second time: its loops stand once in the program."""
 
@@ -387,6 +391,7 @@ def test_a_checkpoint_policy_can_save_the_results_of_attention():
     assert saved == once < everything
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 def test_grad_inside_shard_map(implementation):

@@ -79,12 +79,14 @@ def kernel_code(num_pages: int) -> str:
         return str(ir.Module.parse(code))
 
 
+@pytest.mark.smoke
 def test_the_kernel_addresses_large_caches_in_64_bits():
     assert "xi64>" not in kernel_code(SMALL)
     pointers = [line for line in kernel_code(LARGE).splitlines() if "tt.addptr" in line]
     assert sum("xi64>" in line for line in pointers) >= 4  # keys and values, masked and not
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_large_caches_lower_everywhere(implementation):
     lowered = jax.jit(attend, static_argnums=3).lower(*arguments(LARGE), implementation)

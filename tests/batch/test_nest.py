@@ -22,6 +22,7 @@ TABLES = [[7, 2], [0], [4, 5]]
 PAGED = {"context_lens": [2, 0, 5], "page_tables": TABLES, "page_size": 4, "num_pages": 8}
 
 
+@pytest.mark.smoke
 def test_fields():
     batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
     np.testing.assert_array_equal(batch.num_seqs, 3)
@@ -40,6 +41,7 @@ def test_is_one_leaf_of_the_buckets_size():
     assert leaf.size == 1 + 12 + 5 + 4 + 4 + 4 + 4 + 5 + 8
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "sequences",
     [
@@ -196,6 +198,7 @@ def test_batches_do_not_share_memory():
     np.testing.assert_array_equal(first.packed, kept)
 
 
+@pytest.mark.smoke
 def test_packing_fields_on_the_device():
     batch = nest_sequences(SEQUENCES, **PAGED, bucket=BUCKET)
     fields = {name: getattr(batch, name) for name in field_slices(BUCKET)}
@@ -217,6 +220,7 @@ def corrupted(batch, name: str, values) -> RaggedBatch:
     return dataclasses.replace(batch, packed=batch.packed.at[at].set(jnp.array(values, jnp.int32)))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("bucket", [BUCKET, Bucket(6, 3, 5), Bucket(64, 9, 30)])
 def test_a_nested_batch_passes_the_check(bucket):
     CHECK[False](nest_sequences(SEQUENCES, **PAGED, bucket=bucket))[0].throw()
@@ -233,6 +237,7 @@ def test_the_check_allows_shared_prefixes_only_where_asked(bucket):
         CHECK[False](batch)[0].throw()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
@@ -502,6 +507,7 @@ def test_advance_refuses_a_bucket_that_cannot_follow(bucket):
         advance(batch, jnp.zeros(4, jnp.int32), bucket=bucket)
 
 
+@pytest.mark.smoke
 @given(data=st.data())
 def test_advancing_equals_nesting_again(data):
     """Law 4: any number of device steps, over any page crossings, equals nesting on the host."""
@@ -525,6 +531,7 @@ def test_advancing_equals_nesting_again(data):
 ADVANCE = jax.jit(advance)
 
 
+@pytest.mark.smoke
 def test_one_trace_per_bucket():
     spec = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16)
     prepare = jax.jit(chex.assert_max_traces(lambda batch: prepare_metadata(batch, spec), n=1))

@@ -12,6 +12,7 @@ from jaxattn.batch import BatchLog, BucketPlan, Trace, read_trace
 GRID = BucketGrid(tokens=(8, 16), pages=(4, 8), max_seqs=4)
 
 
+@pytest.mark.smoke
 def test_a_batch_is_a_line(tmp_path):
     path = tmp_path / "log"
     with BatchLog(path) as log:

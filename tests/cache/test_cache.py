@@ -10,6 +10,8 @@ from jaxattn import PagePool, init_cache, write_cache
 from jaxattn.batch import PAD_SLOT
 from jaxattn.cache import quantization_scale
 
+pytestmark = pytest.mark.smoke
+
 
 def test_write():
     cache = init_cache(num_pages=3, page_size=2, num_kv_heads=1, head_dim=4, dtype="float32")

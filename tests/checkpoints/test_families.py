@@ -53,6 +53,7 @@ def distance(got: list[np.ndarray], tensors: tiny.Tensors, config: dict, mistake
     return max(np.abs(g - w).max() for g, w in zip(got, wanted, strict=True))
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_together_and_one_by_one(family, loaded, logits):
@@ -66,6 +67,7 @@ DECODED = ("Llama 3", "Phi-3", "Gemma 2", "Gemma 3")
 """Families that differ in what decoding reads; the others are tested under `slow`."""
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "family", [f if f in DECODED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
@@ -253,6 +255,7 @@ def test_gemma_3_with_images(decoder, head, tower, loaded, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, loaded("Gemma 3").params)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_both_dialects_mean_the_same(family):
     assert config_from_dict(tiny.FAMILIES[family]) == config_from_dict(tiny.as_transformers_5(family))

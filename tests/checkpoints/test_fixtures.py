@@ -28,6 +28,7 @@ def steps_of(config: DecoderConfig) -> CompiledSteps:
     return CompiledSteps(config, np.dtype("float32"))
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in NAMES]

@@ -35,6 +35,7 @@ def no_weight_is_read(monkeypatch):
         monkeypatch.setattr(weights, "read", read)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("write", "format_name", "layout", "held"),
     [

@@ -50,6 +50,7 @@ def assert_same(got, wanted):
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("save", "child"),
     [
@@ -90,6 +91,7 @@ def test_plain_step_folders(tree, expected, tmp_path):
     assert_same(load_params(tiny.write_config(tmp_path, tiny.LLAMA)), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "wrap", [dict, lambda t: {"params": t}, lambda t: {"params": {"params": t}}, tiny.train_state]
 )
@@ -112,6 +114,7 @@ def test_a_train_state_of_real_classes_beside_other_things(tree, expected, tmp_p
     assert_same(load_params(tmp_path / "b"), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -207,6 +210,7 @@ def test_weights_equal_a_numpy_reshape(tree, expected):
     np.testing.assert_array_equal(layer["o"], attn["o_proj"]["kernel"].reshape(4, 8, 24))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("write", ["msgpack", "orbax"])
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16, np.float32])
 def test_casting(write, dtype, tree, expected, tmp_path):
@@ -254,6 +258,7 @@ def test_a_stored_head_that_is_the_embedding_is_no_news(tmp_path):
     assert not model.config.tie_embeddings
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("name", "dtype"),
     list(zip(tiny.FAMILIES, itertools.cycle(["float32", "bfloat16", "float16"]), strict=False)),

@@ -59,6 +59,7 @@ def test_the_report_of_an_overlapped_load(model):
     assert found.peak_host_bytes is None or found.peak_host_bytes > 0
 
 
+@pytest.mark.smoke
 def test_what_is_run_was_compiled_while_loading(model):
     compiled = dict(model.compiled.programs)
     assert len(compiled) == 3
@@ -106,6 +107,7 @@ def test_a_bucket_that_fails_ends_the_reading(folder, monkeypatch):
     assert len(read) < 900
 
 
+@pytest.mark.smoke
 def test_a_second_start_compiles_nothing(folder, tmp_path):
     cache_dir = tmp_path / "compiled"
     before = {name: getattr(jax.config, name) for name in dir(jax.config) if "cache" in name}
@@ -137,6 +139,7 @@ def shardings(params):
     return jax.tree.map(lambda leaf: leaf.sharding, params)
 
 
+@pytest.mark.smoke
 def test_leaves_are_where_programs_expect_them(folder, model):
     assert shardings(model.params) == shardings(abstract_params(CONFIG, "float32"))
     assert set(jax.tree.leaves(shardings(model.params))) == {SingleDeviceSharding(jax.devices()[0])}

@@ -45,6 +45,7 @@ def path(model, tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("implementation", ["auto", "reference", "xla", "triton"])
 def test_generate(model, path, capsys, implementation):
     options = ["--max-new-tokens", "6", "--json", "--implementation", implementation]
@@ -272,6 +273,7 @@ def test_checks_and_kept_programs(path, tmp_path):
     assert any(file.name.startswith("jit_score") for file in kept.iterdir())
 
 
+@pytest.mark.smoke
 def test_logits(model, path, tmp_path):
     out = tmp_path / "logits.file"  # written under this very name
     assert run(["logits", path, *PROMPT_OPTIONS, "--out", str(out)]) == 0
@@ -282,6 +284,7 @@ def test_logits(model, path, tmp_path):
             np.testing.assert_allclose(arrays[f"logits_{i}"], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_info(capsys, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert run(["info", "--json"]) == 0

@@ -12,6 +12,8 @@ from jaxattn import forbid_compiles, nest_sequences
 from jaxattn.batch.bucket import Bucket
 from jaxattn.compiling import CompilationForbiddenError, compile_cache, count_compiles
 
+pytestmark = pytest.mark.smoke
+
 X = np.arange(6, dtype=np.float32)
 
 

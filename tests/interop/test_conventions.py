@@ -338,11 +338,13 @@ def thoroughly(check, examples: int, name: str, **options):
     run()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_values(name):
     thoroughly(check_values, EXAMPLES, name)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_round_trip(name):
     thoroughly(check_round_trip, EXAMPLES, name)
@@ -608,6 +610,7 @@ def test_trap_rows_past_the_last_sequence_may_hold_anything_in_a_ragged_kernel()
 # The kernels' own definitions read the exports.
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("version", ["v2", "v3"])
 @pytest.mark.parametrize("sliding_window", [None, 1, 3])
 def test_jaxs_ragged_paged_attention_computes_our_attention(version, sliding_window):
@@ -735,6 +738,7 @@ def test_every_field_is_described(kind):
         assert row.also_called in ("", *METADATA_FIELDS)
 
 
+@pytest.mark.smoke
 def test_statics_stay_ints_in_a_jit():
     exported = jax.jit(partial(ex.to_flash_attention, **TABLE))(METADATA)
     assert (type(exported.max_seqlen_q), type(exported.max_seqlen_k)) == (int, int)

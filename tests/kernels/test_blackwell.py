@@ -82,6 +82,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_agrees_with_xla(name):
@@ -188,6 +189,7 @@ def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
     assert races(attend, caplog, capsys) == (not mistake.startswith("none"))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "window", "kernels"),
     [(80, 128, 40, 2), (128, 8, 600, 3), (256, None, None, 2)],
@@ -204,6 +206,7 @@ def test_is_exported_with_64_bit_types_enabled(monkeypatch):
         assert count_kernels(ATTEND, layer(2, 1), 16) == 3
 
 
+@pytest.mark.smoke
 def test_the_compute_capability_chooses_the_kernel():
     spec = layer(2, 1)
     names = {

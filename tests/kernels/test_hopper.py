@@ -37,6 +37,7 @@ from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
 pytestmark = [pytest.mark.simulator, pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_agrees_with_xla(name):
@@ -131,6 +132,7 @@ MISTAKES = {
 FEW = (*list(MISTAKES)[:2], *list(MISTAKES)[-3:])
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "mistake", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MISTAKES]
@@ -150,6 +152,7 @@ def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
 HOPPER = functools.partial(attention, implementation="mosaic")
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "window"),
@@ -162,6 +165,7 @@ def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, window):
     assert count_kernels(HOPPER, spec, page_size) == (2 if window == 40 or page_size is None else 3)
 
 
+@pytest.mark.smoke
 def test_is_exported_with_64_bit_types_enabled(monkeypatch):
     monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
     with jax.enable_x64(True):

@@ -114,6 +114,7 @@ def check(
         np.testing.assert_array_equal(g[e == 0], 0)
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if "group" in name else pytest.mark.slow) for name in LAYERS]
@@ -203,6 +204,7 @@ def test_the_race_detector_sees_mistakes(mistake, monkeypatch, caplog, capsys):
     assert found == (mistake != "none")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("head_dim", "page_size"), [(80, 128), (96, None)])
 def test_is_exported_for_cuda_from_anywhere(head_dim, page_size):
     spec = layer(10, 2, head_dim, sliding_window=40, logits_soft_cap=5.0, sinks=True)

@@ -303,6 +303,7 @@ def assert_lse(got: np.ndarray, step: Step) -> None:
     assert_as_good_as(got[: len(exact)][seen], plain[seen], exact[seen], jnp.dtype("float32"))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("split_keys", [None, 32])
 def test_sinks_and_lse(sinks, split_keys):
@@ -316,6 +317,7 @@ def test_sinks_and_lse(sinks, split_keys):
     assert_lse(lse, step)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("page_size", [8, 12, None])
 @pytest.mark.parametrize("window", [None, 70])
 def test_split_keys_are_merged(page_size, window):
@@ -380,6 +382,7 @@ def test_lists_with_and_without_split_write_into_one_result():
         assert_lse(lse, step)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_the_shipped_configuration(head_dim):
     step = causal_step((17, 1), (150, 70), num_q_heads=4, num_kv_heads=2, head_dim=head_dim)

@@ -23,6 +23,8 @@ from jaxattn.metadata.spec import AttentionSpec
 from jaxattn_kernels.arrays import KeyLookup, TileArrays, TileList, VisibleRange
 from jaxattn_kernels.triton.forward import KernelConfig, ragged_attention
 
+pytestmark = pytest.mark.smoke
+
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
 PREFILL = Bucket(tokens=256, seqs=8, pages=64)
 DECODE = Bucket(tokens=8, seqs=8, pages=64, max_q_len=1)

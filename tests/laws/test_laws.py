@@ -97,6 +97,7 @@ def assert_equal(
 # Law 1
 
 
+@pytest.mark.smoke
 @law(case=cases(), poison=st.sampled_from(POISONS))
 @example(  # a larger bucket moved the reference's rounding by more than four units in the last place
     case=Case(
@@ -156,6 +157,7 @@ def test_law_2_permuting_pages_changes_nothing(implementation: str, case: Case, 
 # Law 3
 
 
+@pytest.mark.smoke
 @law(case=cases(), spec=st.sampled_from(SPECS))
 def test_law_3_is_dense_attention_of_each_sequence(implementation: str, case: Case, spec: AttentionSpec):
     problem = case.problem(spec)
@@ -282,6 +284,7 @@ def all_metadata(batch: RaggedBatch):
     return prepare_metadata(batch, WINDOW, fields=fields, max_pages_per_seq=8)
 
 
+@pytest.mark.smoke
 @law(
     case=cases(room_for=12),
     speculative=st.booleans(),
@@ -651,6 +654,7 @@ def gradients_of(implementation: str, spec: AttentionSpec) -> Callable[..., tupl
     return jax.jit(go_back)
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @law(
     case=cases(),

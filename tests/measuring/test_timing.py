@@ -7,6 +7,7 @@ import pytest
 from jaxattn.measuring import timing
 
 
+@pytest.mark.smoke
 def test_the_host_clock_where_there_is_no_gpu():
     measured = timing.measure(lambda x: jnp.cumsum(x), jnp.ones(100_000), repeats=3)
     assert measured.clock == "host"
@@ -15,6 +16,7 @@ def test_the_host_clock_where_there_is_no_gpu():
     assert measured.median_s == sorted(measured.samples_s)[1]
 
 
+@pytest.mark.smoke
 def test_compiling_is_not_timed(monkeypatch):
     calls = []
     monkeypatch.setattr(timing, "_host_time", lambda program, args: calls.append(program(*args)) or 1.0)
@@ -29,6 +31,7 @@ def test_compiling_is_not_timed(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.smoke
 def test_a_compiled_program_is_not_compiled_again(monkeypatch):
     program = jax.jit(lambda x: x + 1)
     monkeypatch.setattr(jax, "jit", None)
@@ -55,6 +58,7 @@ def test_without_cupti_the_host_clock_is_read(monkeypatch):
         assert timing.measure(lambda x: x + 1, jnp.ones(3)).clock == "host"
 
 
+@pytest.mark.smoke
 def test_repeats():
     with pytest.raises(ValueError, match="repeats=0 must be at least 1"):
         timing.measure(lambda x: x, 1, repeats=0)

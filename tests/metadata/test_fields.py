@@ -17,6 +17,8 @@ from jaxattn.metadata.fields import Prepared, field_table, fields_of
 from jaxattn.metadata.schedule import KeyTiles, SplitPlan, Tiles, Tiling
 from jaxattn.metadata.superset import AttentionMetadata, VisibleKeys
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).parents[2]
 SPEC = AttentionSpec(num_q_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig())
 SPLITTING = Consumer("splitting", frozenset({"schedules"}), lambda spec: Tiling(1, 8, 4, longest_first=True))

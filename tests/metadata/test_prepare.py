@@ -62,6 +62,7 @@ def nest(case):
     )
 
 
+@pytest.mark.smoke
 @given(paged_batches())
 def test_fields(case):
     q_lens, contexts, page_size, tables = case
@@ -137,6 +138,7 @@ PHASE_FIELDS = (
 )
 
 
+@pytest.mark.smoke
 def test_state_slots_default_to_rows_and_padding_has_none():
     np.testing.assert_array_equal(
         prepare_metadata(nest_sequences([[1]] * 2, bucket=BUCKET)).state_slots, [0, 1] + [PAD_SLOT] * 4
@@ -420,6 +422,7 @@ def test_a_decode_bucket_has_no_long_list_and_a_tile_per_token():
         assert schedule.short.q_len.shape == (8,)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("num_q_heads", "window", "tiling"),
     [

@@ -17,6 +17,7 @@ def test_derived_values():
     assert spec.window_class == WindowClass(causal=True, sliding_window=7)
 
 
+@pytest.mark.smoke
 def test_equal_ones_share_a_program():
     traced = []
 

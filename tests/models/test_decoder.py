@@ -11,6 +11,8 @@ from jaxattn import Bucket, DecoderConfig, RopeConfig, nest_sequences, prepare_m
 from jaxattn.models import abstract_params, forward, init_params
 from jaxattn.models.decoder import rms_norm
 
+pytestmark = pytest.mark.smoke
+
 CONFIG = DecoderConfig(
     vocab_size=19,
     hidden_size=24,

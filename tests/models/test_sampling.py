@@ -13,6 +13,8 @@ from jaxattn import Sampling
 from jaxattn.models.options import options_per_prompt
 from jaxattn.models.sampling import SamplingArrays, kept, sample
 
+pytestmark = pytest.mark.smoke
+
 V = 13
 VALUES = [-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0]  # few, so that there are ties
 

@@ -107,6 +107,7 @@ def test_a_part_of_a_cache():
     np.testing.assert_array_equal(moved.kv_lens, metadata.kv_lens)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("write", [tiny.write_safetensors, tiny.write_sharded_safetensors])
 def test_loaded_stacked_is_stacked_after_loading(tmp_path, write):
     folder = write(tmp_path, tiny.LLAMA, tiny.random_tensors(tiny.LLAMA))

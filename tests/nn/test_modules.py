@@ -127,6 +127,7 @@ def assert_dense(got: Any, params: Any, spec: AttentionSpec, x: np.ndarray) -> N
     assert_as_good_as(got[: ENDS[-1]], plain, exact, jnp.dtype("float32"))
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize(("implementation", "has_biases"), [("reference", False), ("xla", True)])
@@ -174,6 +175,7 @@ def test_nnx_and_linen_give_the_same_numbers():
     np.testing.assert_array_equal(*outputs)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @jax.numpy_dtype_promotion("standard")  # Flax's RMS norm promotes 16-bit numbers
 def test_initial_parameters(flavour):
@@ -320,6 +322,7 @@ class LinenBlock(nn.Module):
 SCANS = [("reference", False), ("xla", True)]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("implementation", "rematerialised"), SCANS)
 def test_linen_scan_over_layers(implementation, rematerialised):
     """Metadata closed over; with `nn.remat` too."""
@@ -347,6 +350,7 @@ def test_linen_scan_over_layers(implementation, rematerialised):
     assert_close(jax.value_and_grad(loss)(stacked(params)), (value, stacked(gradients)))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("implementation", "rematerialised"), SCANS)
 def test_nnx_scan_over_layers(implementation, rematerialised):
     """Under `nnx.jit`, metadata closed over; with `nnx.remat` too."""

@@ -42,6 +42,7 @@ def tokens() -> list[list[int]]:
     return generate(model, PROMPTS, NEW)
 
 
+@pytest.mark.smoke
 def test_a_server_compiles_nothing(model, tokens):
     report = warmup(model, PLAN, **CACHE)
     assert report.programs == ("empty_cache", "choose_tokens", "choose_tokens")

@@ -58,6 +58,7 @@ def tokens(model) -> list[list[int]]:
     return generate(model, PROMPTS, NEW, implementation="reference")
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("implementation", ["auto", "xla", "triton"])
 def test_every_backend_writes_the_same(model, tokens, implementation):
@@ -355,6 +356,7 @@ class TestQuantisedCache:
         assert got != [new[:num] for new in tokens]
         assert got == run(oracle(scales, "int8"), PROMPTS, num)
 
+    @pytest.mark.smoke
     @pytest.mark.thinned(3)
     @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
     @pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])

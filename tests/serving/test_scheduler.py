@@ -213,6 +213,7 @@ def check_workload(workload: Workload) -> None:
     assert scheduler.pool.num_free + scheduler.num_retained == workload.num_pages
 
 
+@pytest.mark.smoke
 @given(workloads())
 def test_every_request_gets_what_it_gets_alone(workload):
     check_workload(workload)
@@ -531,6 +532,7 @@ def test_cache_evicts_children_before_parents_and_keeps_what_is_used():
 # Bookkeeping.
 
 
+@pytest.mark.smoke
 def test_cancel():
     scheduler, device = make(20, max_seqs=2, share_prefixes=False)
     running, in_flight, waiting = (scheduler.add([i] * 5, 4) for i in range(3))

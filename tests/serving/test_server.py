@@ -46,6 +46,7 @@ def tokens(model) -> list[list[int]]:
     return generate(model, PROMPTS, NEW, implementation="xla")
 
 
+@pytest.mark.smoke
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("share_prefixes", [False, True])
 @pytest.mark.parametrize(

@@ -220,6 +220,7 @@ def test_targets_are_the_successors_of_each_document(lengths):
     np.testing.assert_array_equal(has_target, np.asarray(targets) > 0)
 
 
+@pytest.mark.smoke
 def test_targets_of_a_full_batch_and_in_jit():
     targets, has_target = jax.jit(next_token_targets)(
         nest_sequences([np.arange(TOKENS) + 5], bucket=Bucket(TOKENS, 1))
@@ -229,6 +230,7 @@ def test_targets_of_a_full_batch_and_in_jit():
     np.testing.assert_array_equal(has_target, [True] * (TOKENS - 1) + [False])
 
 
+@pytest.mark.smoke
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=SEQS), seed=st.integers(0, 99))
 def test_cross_entropy_is_optax_own_over_all_targets(lengths, seed):
     """A batch in which nothing is to be predicted costs nothing, and has no gradient."""

@@ -115,6 +115,7 @@ def test_a_batch_of_garbage_is_shown_all_the_same(numbers, missing):
     assert "not the buffer" in shown(dataclasses.replace(batch, packed=values.astype(np.float32)))
 
 
+@pytest.mark.smoke
 def test_metadata_show_each_prepared_field_and_no_other(batch):
     metadata = prepare_metadata(batch, SPEC, fields=["positions", "num_seqs", "num_tokens"])
     text = shown(metadata)
@@ -168,6 +169,7 @@ def test_schedules_without_values_show_shapes(batch):
     assert "a shape without values" in shown(shapes)
 
 
+@pytest.mark.smoke
 def test_a_cache_shows_its_size_and_never_its_contents():
     cache = init_cache(num_pages=24, page_size=16, num_kv_heads=2, head_dim=64, dtype="bfloat16")
     text = shown(cache)

@@ -114,6 +114,7 @@ def test_padding_waste(batch):
     assert padding_waste(batch) == pytest.approx(1 - 148 / 160)
 
 
+@pytest.mark.smoke
 def test_the_schedule_has_a_panel_per_class_and_a_box_per_tile(figures):
     figure = figures["schedule"]
     titles = ["causal, no window: 6 tiles", "causal, window of 9 keys: 6 tiles"]
