@@ -13,13 +13,16 @@ request's new tokens are makes no difference to the sizes of batches.
 - *log-uniform*: independent sizes without pages, as if nothing were known of the scale.
 
 Plans are made from the first half of a trace and judged on the second, with the default `LinearCost`, and
-with a headroom of a quarter or none. Fixed grids are chosen with the whole trace at hand, generously
-(`grid_curve`), so that they never meet a size that they have no program for. No time on a device and no
-compile time is measured here: the cost is a model. What is measured is how long planning takes.
+with a headroom of a quarter or none. They are cut along tokens, as `plan_buckets` does, and once, with
+headroom, along tokens and pages (`nested_cuts.py`). Fixed grids are chosen with the whole trace at hand,
+generously (`grid_curve`), so that they never meet a size that they have no program for. No time on a device
+and no compile time is measured here: the cost is a model. What is measured is how long planning takes.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,18 +33,20 @@ from typing import Any
 import numpy as np
 from experiment import Experiment, Row, Table
 from matplotlib.figure import Figure
+from nested_cuts import plan_curve_with_pages
 from rich.progress import track
 
 from jaxattn import Bucket, PagePool
 from jaxattn.batch import BatchLog, Trace, read_trace
 from jaxattn.cli.demo import standard_library_functions
 from jaxattn.planning import fit_of, plan_curve
-from jaxattn.planning.planner import FIXED_GRIDS, grid_curve, unpadded_cost
+from jaxattn.planning.fixed_grids import FIXED_GRIDS, grid_curve
+from jaxattn.planning.planner import unpadded_cost
 from jaxattn.serving import Scheduler, largest_step
 from jaxattn.viz.buckets import draw_tradeoff
 
 PAGE_SIZE = 16
-PLAN, ROOMY = "plan", "plan, headroom"
+PLAN, ROOMY, NESTED = "plan", "plan, headroom", "tokens and pages, headroom"
 HEADROOM = 0.25
 SHOWN = (2, 4, 8, 12, 16, 23, 33, 45)
 """Numbers of programs in the table."""
@@ -102,7 +107,7 @@ class Config:
     max_programs: int = 45
     """Most programs of all other plans."""
     candidates: int = 64
-    """Sizes per axis that the planner considers, where there are pages."""
+    """Sizes per axis that a search along tokens and pages considers."""
     finer: int = 96
     """The same, where it is asked what finer ones would save, on one trace and with `finer_programs`."""
     finer_programs: int = 16
@@ -254,10 +259,12 @@ def compare(name: str, trace: Trace, limits: Bucket, config: Config) -> Iterator
     """Plans of the first half and grids of the whole, judged on both halves."""
     halves = {"first": trace[: len(trace) // 2], "second": trace[len(trace) // 2 :]}
     options: dict[str, Any] = {"limits": limits}
-    curves = {PLAN: plan_curve(halves["first"], config.max_programs, candidates=config.candidates, **options)}
-    curves[ROOMY] = plan_curve(
-        halves["first"], config.max_programs, candidates=config.candidates, headroom=HEADROOM, **options
-    )
+    known = halves["first"], config.max_programs
+    curves = {
+        PLAN: plan_curve(*known, **options),
+        ROOMY: plan_curve(*known, headroom=HEADROOM, **options),
+        NESTED: plan_curve_with_pages(*known, headroom=HEADROOM, candidates=config.candidates, **options),
+    }
     for grid, sizes in FIXED_GRIDS.items():
         curves[grid] = grid_curve(sizes, trace, config.max_programs, **options)
     least = {half: unpadded_cost(part) for half, part in halves.items()}
@@ -278,12 +285,17 @@ def time_planner(name: str, trace: Trace, config: Config) -> Iterator[Row]:
     sizes[:, 2] += (sizes[:, 2] > 0) * rng.integers(0, 64, len(sizes))
     sizes[is_long, 0] += rng.integers(0, 64, int(is_long.sum()))
     many = Trace(sizes)
-    for programs in config.timed_programs:
+    searches = {
+        "tokens": plan_curve,
+        "tokens and pages": functools.partial(plan_curve_with_pages, candidates=config.candidates),
+    }
+    for programs, search in itertools.product(config.timed_programs, searches):
         started, processor = time.perf_counter(), time.process_time()
-        plan_curve(many, programs, candidates=config.candidates)
+        searches[search](many, programs)
         yield {
             "about": "time",
             "trace": name,
+            "search": search,
             "batches": len(many),
             "tokens": len(np.unique(many.tokens)),
             "pages": len(np.unique(many.pages)),
@@ -294,10 +306,10 @@ def time_planner(name: str, trace: Trace, config: Config) -> Iterator[Row]:
 
 
 def refine(name: str, trace: Trace, config: Config) -> Row:
-    """What more candidates save, on the very trace that is planned for."""
+    """What more candidates save along both axes, on the very trace that is planned for."""
     part = trace[: len(trace) // 2]
     coarse, fine = (
-        fit_of(plan_curve(part, config.finer_programs, candidates=n)[-1], part).cost
+        fit_of(plan_curve_with_pages(part, config.finer_programs, candidates=n)[-1], part).cost
         for n in (config.candidates, config.finer)
     )
     return {
@@ -312,7 +324,7 @@ def refine(name: str, trace: Trace, config: Config) -> Row:
 
 def tables(rows: list[Row]) -> dict[str, Table]:
     """Traces, costs by number of programs, and time."""
-    ways = [PLAN, ROOMY, *FIXED_GRIDS]
+    ways = [PLAN, ROOMY, NESTED, *FIXED_GRIDS]
     policies = [row for row in rows if row["about"] == "policies" and row["programs"] in SHOWN]
     return {
         "traces": Table(
@@ -338,16 +350,25 @@ def tables(rows: list[Row]) -> dict[str, Table]:
             ],
         ),
         "policies": Table(
-            ("trace", "programs", "plan, on its own half", *ways, "saved", "padding: plan, roomy, best grid"),
+            ("trace", "programs", "plan, on its own half", *ways, "saved", "padding: three plans, best grid"),
             [_policy_line(row, ways) for row in policies],
         ),
         "time": Table(
-            ("trace like", "batches", "sizes of tokens, of pages", "programs", "seconds", "processor time"),
+            (
+                "trace like",
+                "batches",
+                "sizes of tokens, of pages",
+                "cut along",
+                "programs",
+                "seconds",
+                "processor time",
+            ),
             [
                 (
                     row["trace"],
                     f"{row['batches']:,}",
                     f"{row['tokens']:,}, {row['pages']:,}",
+                    row["search"],
                     str(row["programs"]),
                     f"{row['seconds']:.1f}",
                     f"{row['processor']:.1f}",
@@ -376,14 +397,14 @@ def tables(rows: list[Row]) -> dict[str, Table]:
 def _policy_line(row: Row, ways: Sequence[str]) -> Sequence[str]:
     found = row["second"]
     best = min(FIXED_GRIDS, key=lambda name: found[name]["over"])
-    saved = [1 - (1 + found[way]["over"]) / (1 + found[best]["over"]) for way in (PLAN, ROOMY)]
+    saved = [1 - (1 + found[way]["over"]) / (1 + found[best]["over"]) for way in (PLAN, ROOMY, NESTED)]
     return (
         row["trace"],
         str(row["programs"]),
         f"{row['first'][PLAN]['over']:.1%}",
         *(f"{found[way]['over']:.1%}" for way in ways),
         ", ".join(f"{share:.1%}" for share in saved),
-        ", ".join(f"{found[way]['padding']:.0%}" for way in (PLAN, ROOMY, best)),
+        ", ".join(f"{found[way]['padding']:.0%}" for way in (PLAN, ROOMY, NESTED, best)),
     )
 
 
@@ -396,7 +417,7 @@ def plot(rows: list[Row]) -> Figure:
     for ax, name in zip(axes, names, strict=False):
         mine = [row["second"] for row in policies if row["trace"] == name]
         draw_tradeoff(
-            ax, {way: [1 + row[way]["over"] for row in mine] for way in (PLAN, ROOMY, *FIXED_GRIDS)}
+            ax, {way: [1 + row[way]["over"] for row in mine] for way in (PLAN, ROOMY, NESTED, *FIXED_GRIDS)}
         )
         ax.set_title(name)
     handles, labels = next(iter(figure.axes)).get_legend_handles_labels()

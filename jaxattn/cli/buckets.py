@@ -14,7 +14,8 @@ from rich.table import Column, Table
 
 from jaxattn.batch.bucket import Bucket, BucketPlan
 from jaxattn.batch.trace import Trace, read_trace
-from jaxattn.planning.planner import FIXED_GRIDS, Fit, fit_of, grid_curve, plan_curve, unpadded_cost
+from jaxattn.planning.fixed_grids import FIXED_GRIDS, grid_curve
+from jaxattn.planning.planner import Fit, fit_of, plan_curve, unpadded_cost
 from jaxattn.viz.buckets import plot_tradeoff
 
 PLAN = "plan"

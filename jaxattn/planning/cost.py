@@ -88,27 +88,11 @@ def fit_cost(buckets: Sequence[Bucket], seconds: Sequence[float] | np.ndarray) -
         raise ValueError(
             f"seconds={times.tolist()} must be one positive time per bucket; there are {len(buckets)}"
         )
+    from scipy.optimize import nnls  # a tenth of a second, for this one function
+
     features = _features(np.array([astuple(bucket) for bucket in buckets])) / times[:, None]
-    return LinearCost.of(non_negative_least_squares(features, np.ones(len(buckets))))
-
-
-def non_negative_least_squares(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The x >= 0 with the least |matrix x - wanted|, for a few columns: the best of all sets of columns.
-
-    Args:
-        matrix: `[m, n]`, with n small: 2^n systems are solved.
-        wanted: `[m]`
-    """
-    scale = np.maximum(np.abs(matrix).max(axis=0), np.finfo(float).tiny)
-    best, least = np.zeros(matrix.shape[1]), float(wanted @ wanted)
-    for chosen in range(1, 1 << matrix.shape[1]):
-        columns = [i for i in range(matrix.shape[1]) if chosen >> i & 1]
-        x = np.linalg.lstsq(matrix[:, columns] / scale[columns], wanted, rcond=None)[0]
-        error = float(np.sum((matrix[:, columns] / scale[columns] @ x - wanted) ** 2))
-        if (x >= 0).all() and error < least * (1 - 1e-9):
-            best, least = np.zeros(matrix.shape[1]), error
-            best[columns] = x / scale[columns]
-    return best
+    largest = np.maximum(features.max(axis=0), np.finfo(float).tiny)  # columns differ by orders of magnitude
+    return LinearCost.of(nnls(features / largest, np.ones(len(buckets)))[0] / largest)
 
 
 def costs_of(cost: Cost, sizes: np.ndarray) -> np.ndarray:

@@ -89,8 +89,12 @@ class TextStream:
     A character whose tokens have not all come is held back. What `push` and `finish` return, joined, is
     what `decode` makes of all tokens, as long as the bytes among them are whole characters.
 
+    It is not `tokenizers.decoders.DecodeStream`, which raises where bytes are no text and a later token
+    replaces them all (a model that has learned little writes such bytes), says the prompt again where that
+    ends within a character, and cannot tell what it holds back when no more tokens come.
+
     Args:
-        tokenizer: Of the sequence.
+        tokenizer: The tokenizer of the sequence.
         after: The tokens before those that come.
     """
 

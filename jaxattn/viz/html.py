@@ -1,7 +1,7 @@
-"""Small pieces of HTML for notebooks: plain strings, bounded in size, legible on white and on black.
+"""Small pieces of HTML for notebooks: bounded in size, legible on white and on black.
 
 Text takes the colour of its surroundings, everything else a mid-tone or a part of that colour. What a bar
-shows stands beside it as a number.
+shows stands beside it as a number. Text is escaped where it is put into a page, unless it is `Html`.
 """
 
 from __future__ import annotations
@@ -27,50 +27,32 @@ COLORS = ("#1f74bd", "#de8f05", "#0f9b72", "#c96fa3", "#85bfe8", "#c8501a", "#95
 """Mid-tones, distinguishable with a colour-vision deficiency, on white and on black."""
 MUTED = "#8a8a8a"
 
+_PLAIN = "border:0;color:inherit;background:transparent"  # no theme's colours and stripes
 _CARD = (
-    "display:inline-block;min-width:22em;max-width:60em;padding:.6em .9em;border-radius:.4em;"
-    f"border:1px solid {MUTED};color:inherit;background:transparent;font-size:.92em;line-height:1.45"
+    f"{_PLAIN};display:inline-block;min-width:22em;max-width:60em;padding:.6em .9em;border-radius:.4em;"
+    f"border:1px solid {MUTED};font-size:.92em;line-height:1.45"
 )
-_CELL = (
-    "text-align:left;padding:.1em 1em .1em 0;border:0;color:inherit;background:transparent;vertical-align:top"
-)
-
-_ROW = '<tr style="background:transparent">'  # no theme's stripes
+_CELL = f"{_PLAIN};text-align:left;padding:.1em 1em .1em 0;vertical-align:top"
 
 
-class Meter(NamedTuple):
-    """A share of something, drawn as a bar.
+class Html(str):
+    """Text that is HTML."""
 
-    Attributes:
-        label: Of what.
-        value: How much of it is used.
-        limit: How much there is.
-        note: What else is to be said.
-    """
-
-    label: str
-    value: int
-    limit: int
-    note: str = ""
+    __slots__ = ()
 
 
 class Part(NamedTuple):
-    """A part of a strip.
+    """A part of a strip or a grid.
 
     Attributes:
-        size: Its length.
         label: What is said where the mouse rests on it.
         color: Its colour; None for an empty part.
+        size: Its length in a strip.
     """
 
-    size: float
     label: str
     color: str | None
-
-
-def values_of(array: Any) -> np.ndarray | None:
-    """The values of an array on the host, or None where there are none to be had (see `why_unknown`)."""
-    return None if why_unknown(array) else np.asarray(array)
+    size: float = 1.0
 
 
 def why_unknown(array: Any) -> str:
@@ -85,9 +67,12 @@ def why_unknown(array: Any) -> str:
         return "donated: its memory was given away"
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return "partly on other hosts"
-    if array.size > MAX_FETCHED:
-        return "too large to be shown"
-    return ""
+    return "too large to be shown" if array.size > MAX_FETCHED else ""
+
+
+def values_of(array: Any) -> np.ndarray | None:
+    """The values of an array on the host, or None where there are none to be had (see `why_unknown`)."""
+    return None if why_unknown(array) else np.asarray(array)
 
 
 def shape_of(array: Any) -> str:
@@ -98,142 +83,103 @@ def shape_of(array: Any) -> str:
 
 
 def preview(array: Any) -> str:
-    """The first values of an array, or why there are none; escaped."""
+    """The first values of an array, or why there are none."""
     values = values_of(array)
     if values is None:
-        return f'<span style="opacity:.75">{html.escape(why_unknown(array))}</span>'
-    first = [_number(value) for value in values.reshape(-1)[:MAX_VALUES].tolist()]
-    numbers = f'<code style="color:inherit;background:transparent">{", ".join(first)}</code>'
-    if values.size <= MAX_VALUES:
-        return numbers
-    return f'{numbers} <span style="opacity:.75">… {values.size:,} in all</span>'
+        return why_unknown(array)
+    first = values.reshape(-1)[:MAX_VALUES].tolist()
+    numbers = ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in first)
+    return numbers if values.size <= MAX_VALUES else f"{numbers} … {values.size:,} in all"
 
 
-def card(kind: str, headline: str, *body: str) -> str:
-    """A frame with a title.
-
-    Args:
-        kind: What the object is.
-        headline: The most important about it.
-        *body: HTML.
-    """
-    title = f"<strong>{html.escape(kind)}</strong>"
-    head = f'<div style="margin-bottom:.3em">{title} &nbsp;{html.escape(headline)}</div>'
-    return f'<div style="{_CARD}">{head}{"".join(body)}</div>'
+def card(kind: str, headline: str, *body: Html) -> Html:
+    """A frame with the kind of an object, what is most important about it, and more."""
+    return Html(
+        f'<div style="{_CARD}"><div style="margin-bottom:.3em"><strong>{_escaped(kind)}</strong> '
+        f"&nbsp;{_escaped(headline)}</div>{''.join(body)}</div>"
+    )
 
 
-def note(text: str) -> str:
+def note(text: str) -> Html:
     """A line of text."""
-    return f'<div style="opacity:.8">{html.escape(text)}</div>'
+    return Html(f'<div style="opacity:.8">{_escaped(text)}</div>')
 
 
-def meters(rows: Iterable[Meter]) -> str:
-    """Bars below each other, each with its numbers."""
-    cells = []
-    for row in rows:
-        share = row.value / row.limit if row.limit else 0.0
-        text = f"{row.value:,} of {row.limit:,}" + (f", {share:.0%}" if row.limit else "")
-        text = f"{text}; {row.note}" if row.note else text
-        cells.append((html.escape(row.label), _bar(share, f"{row.label}: {text}"), html.escape(text)))
-    return _rows(cells)
+def details(summary: str, *body: Html) -> Html:
+    """What is shown on a click."""
+    head = f'<summary style="cursor:pointer">{_escaped(summary)}</summary>'
+    return Html(f"<details>{head}{''.join(body)}</details>")
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and what they are, in two columns."""
-    return _rows((html.escape(name), html.escape(text)) for name, text in rows)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, total: int | None = None) -> str:
-    """A table.
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), *, total: int = 0) -> Html:
+    """A table of texts, numbers and HTML.
 
     Args:
-        header: Names of the columns.
-        rows: Cells, HTML.
+        rows: Its rows.
+        header: Names of the columns; empty where they need none.
         total: How many rows there are in all, where `rows` are the first of them.
     """
-    head = "".join(f'<th scope="col" style="{_CELL};font-weight:600">{html.escape(n)}</th>' for n in header)
-    rows = list(rows)
-    left = 0 if total is None else total - len(rows)
-    return _rows(rows, f"<thead>{_ROW}{head}</tr></thead>") + (
-        note(f"… and {left:,} more") if left > 0 else ""
+    names = "".join(f'<th scope="col" style="{_CELL};font-weight:600">{_escaped(n)}</th>' for n in header)
+    lines = ["".join(f'<td style="{_CELL}">{_escaped(cell)}</td>' for cell in row) for row in rows]
+    body = "".join(
+        f'<tr style="background:transparent">{line}</tr>' for line in ([names] if header else []) + lines
     )
+    left = note(f"… and {total - len(lines):,} more") if total > len(lines) else ""
+    return Html(f'<table style="{_PLAIN};border-collapse:collapse;margin:.1em 0">{body}</table>{left}')
 
 
-def details(summary: str, *body: str) -> str:
-    """What is shown on a click."""
-    head = f'<summary style="cursor:pointer">{html.escape(summary)}</summary>'
-    return f"<details>{head}{''.join(body)}</details>"
+def meter(label: str, value: int, limit: int, more: str = "") -> tuple[str, Html, str]:
+    """A row of a table: how much of something is used, as a bar and in numbers."""
+    share = min(max(value / limit, 0.0), 1.0) if limit else 0.0
+    text = (
+        f"{value:,} of {limit:,}"
+        + (f", {value / limit:.0%}" if limit else "")
+        + (f"; {more}" if more else "")
+    )
+    bar = [_box((0, 0, width, 1), Part("", color)) for width, color in ((1, None), (share, COLORS[0]))]
+    return label, _svg(bar, f"{label}: {text}", (1, 1), "width:9em;height:.72em;margin-top:.36em"), text
 
 
-def strip(parts: Sequence[Part], label: str) -> str:
-    """Parts side by side, as long as they are; nothing where there are too many to be seen.
-
-    Args:
-        parts: The parts.
-        label: What the whole shows, in words.
-    """
+def strip(parts: Sequence[Part], label: str) -> Html:
+    """Parts side by side, as long as they are; nothing where there are too many to be seen."""
     total = sum(part.size for part in parts)
     if not 0 < len(parts) <= MAX_PARTS or not total:
-        return ""
-    boxes, at = [], 0.0
-    for part in parts:
-        width = 100 * part.size / total
-        fill = f'fill="{part.color}"' if part.color else f'fill="{MUTED}" fill-opacity="0.18"'
-        boxes.append(
-            f'<rect x="{at:.3f}" y="0" width="{width:.3f}" height="6" {fill} stroke="{MUTED}" '
-            f'stroke-width="0.15"><title>{html.escape(part.label)}</title></rect>'
-        )
-        at += width
-    return _svg(boxes, label, "0 0 100 6", "width:100%;height:1.1em;margin:.2em 0")
+        return Html()
+    ends = np.cumsum([part.size for part in parts])
+    boxes = [_box((end - part.size, 0, part.size, 1), part) for end, part in zip(ends, parts, strict=True)]
+    return _svg(boxes, label, (total, 1), "width:100%;height:1.1em;margin:.2em 0")
 
 
-def cells(fills: Sequence[Part], label: str) -> str:
-    """Cells of equal size in rows, each filled to its size, from 0 to 1; nothing where there are too many.
-
-    Args:
-        fills: The cells.
-        label: What the whole shows, in words.
-    """
-    if not 0 < len(fills) <= MAX_PARTS:
-        return ""
-    columns = min(32, len(fills))
-    boxes = []
-    for i, part in enumerate(fills):
-        x, y = i % columns, i // columns
-        title = f"<title>{html.escape(part.label)}</title>"
-        frame = f'x="{x + 0.06:.2f}" y="{y + 0.06:.2f}" width="0.88" height="0.88"'
-        fill = f'fill="{part.color}" fill-opacity="{part.size:.2f}"' if part.color else 'fill="none"'
-        boxes.append(f'<rect {frame} {fill} stroke="{MUTED}" stroke-width="0.06">{title}</rect>')
-    rows = -(-len(fills) // columns)
+def grid(parts: Sequence[Part], label: str) -> Html:
+    """Parts as cells of equal size, in rows; nothing where there are too many to be seen."""
+    if not 0 < len(parts) <= MAX_PARTS:
+        return Html()
+    columns = min(32, len(parts))
+    rows = -(-len(parts) // columns)
+    boxes = [_box((i % columns + 0.06, i // columns + 0.06, 0.88, 0.88), p) for i, p in enumerate(parts)]
     style = f"width:{1.15 * columns:.1f}em;height:{1.15 * rows:.1f}em;margin:.2em 0"
-    return _svg(boxes, label, f"0 0 {columns} {rows}", style)
+    return _svg(boxes, label, (columns, rows), style)
 
 
-def _bar(share: float, label: str) -> str:
-    width = 100 * min(max(share, 0.0), 1.0)
-    boxes = [
-        f'<rect x="0" y="0" width="100" height="8" fill="{MUTED}" fill-opacity="0.25"/>',
-        f'<rect x="0" y="0" width="{width:.1f}" height="8" fill="{COLORS[0]}"/>',
-    ]
-    return _svg(boxes, label, "0 0 100 8", "width:9em;height:.72em;margin-top:.36em")
-
-
-def _svg(shapes: Sequence[str], label: str, box: str, style: str) -> str:
+def _box(area: Sequence[Any], part: Part) -> str:
+    """A rectangle: its left end, its top, its width and its height."""
+    x, y, width, height = (f"{n:.3f}" for n in area)
+    fill = f'fill="{part.color}"' if part.color else f'fill="{MUTED}" fill-opacity="0.2"'
+    title = f"<title>{_escaped(part.label)}</title>" if part.label else ""
     return (
-        f'<svg role="img" aria-label="{html.escape(label)}" viewBox="{box}" preserveAspectRatio="none" '
-        f'style="{style};display:block">{"".join(shapes)}</svg>'
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" {fill} stroke="{MUTED}" stroke-width=".5" '
+        f'vector-effect="non-scaling-stroke">{title}</rect>'
     )
 
 
-def _rows(rows: Iterable[Sequence[str]], head: str = "") -> str:
-    body = "".join(
-        _ROW + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in row) + "</tr>" for row in rows
-    )
-    return (
-        '<table style="border-collapse:collapse;margin:.1em 0;color:inherit;background:transparent">'
-        f"{head}<tbody>{body}</tbody></table>"
+def _svg(boxes: Iterable[str], label: str, size: Sequence[Any], style: str) -> Html:
+    return Html(
+        f'<svg role="img" aria-label="{_escaped(label)}" viewBox="0 0 {size[0]} {size[1]}" '
+        f'preserveAspectRatio="none" style="{style};display:block">{"".join(boxes)}</svg>'
     )
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
+def _escaped(cell: Any) -> str:
+    if isinstance(cell, Html):
+        return cell
+    return html.escape(f"{cell:,}" if isinstance(cell, int) else str(cell))

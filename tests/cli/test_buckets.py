@@ -11,7 +11,7 @@ from jaxattn.batch import BatchLog, BucketPlan, read_trace
 from jaxattn.cli.main import run
 from jaxattn.models import Model, init_params
 from jaxattn.planning import plan_buckets
-from jaxattn.planning.planner import FIXED_GRIDS
+from jaxattn.planning.fixed_grids import FIXED_GRIDS
 
 
 @pytest.fixture(scope="module")

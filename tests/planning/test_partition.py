@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxattn.planning.partition import cut_line, cut_plane
+from jaxattn.planning.partition import cut_line
 
 WEIGHTS = st.integers(0, 5)
 
@@ -42,50 +42,6 @@ def test_a_line_is_cut_at_least_cost(line, max_groups):
         assert len(ends) <= k
         assert ends[-1] == weights.size
         assert line_total(weights, costs, ends) == least
-
-
-@st.composite
-def planes(draw):
-    m, n = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    weights = np.array(draw(st.lists(WEIGHTS, min_size=m * n, max_size=m * n)), float).reshape(m, n)
-    rises = np.array(draw(st.lists(st.integers(0, 3), min_size=m * n, max_size=m * n)), float)
-    is_present = weights > 0
-    is_present[:, draw(st.integers(0, n - 1))] = True  # some without weight
-    return weights, rises.reshape(m, n).cumsum(axis=0).cumsum(axis=1), is_present
-
-
-def nested_totals(weights, costs, is_present, max_groups):
-    """The least total of every number of groups, by all nested cuts."""
-    least = np.full(max_groups + 1, np.inf)
-    for strips in all_cuts(weights.shape[0], max_groups):
-        choices = []
-        for start, end in zip([0, *strips[:-1]], strips, strict=True):
-            width = int(np.flatnonzero(is_present[start:end].any(axis=0))[-1]) + 1
-            row = weights[start:end, :width].sum(axis=0)
-            choices.append(
-                [(len(ends), line_total(row, costs[end - 1], ends)) for ends in all_cuts(width, max_groups)]
-            )
-        for combination in itertools.product(*choices):
-            count = sum(groups for groups, _ in combination)
-            if count <= max_groups:
-                least[count] = min(least[count], sum(total for _, total in combination))
-    return np.minimum.accumulate(least)[1:]
-
-
-@given(plane=planes(), max_groups=st.integers(1, 6))
-def test_a_plane_is_cut_at_least_cost_among_nested_cuts(plane, max_groups):
-    weights, costs, is_present = plane
-    cuts = cut_plane(weights, costs, is_present, max_groups)
-    np.testing.assert_allclose(cuts.totals, nested_totals(weights, costs, is_present, max_groups), rtol=1e-12)
-    for k in range(1, max_groups + 1):
-        ends = cuts.ends(k)
-        assert 1 <= len(ends) <= k
-        # Each member goes to the cheapest group that holds it: no dearer than where it was put.
-        total = 0.0
-        for row, column in np.argwhere(is_present):
-            holding = [costs[end] for end in ends if end[0] >= row and end[1] >= column]
-            total += weights[row, column] * min(holding)
-        assert total <= cuts.totals[k - 1] * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 100, 257])

@@ -64,6 +64,25 @@ def test_what_follows_a_prompt(tokenizer, text, cut):
     assert tokenizer.decode(prompt) + following == tokenizer.decode(token_ids)
 
 
+@given(st.lists(st.integers(3, 268), max_size=12))
+@example([ord("O") + 3, 0xE6 + 3, 260])  # a byte that is a character, one that begins another, and "a"
+def test_bytes_that_are_no_text_stop_no_stream(token_ids):
+    """As a model that has learned little writes them; what follows is streamed as if they were not there."""
+    stream = BYTE_FALLBACK.stream()
+    for token_id in token_ids:
+        stream.push([token_id])
+    stream.finish()
+    following = BYTE_FALLBACK.encode("ab日")[2:]
+    pieces = [stream.push([token_id]) for token_id in following]
+    assert "".join([*pieces, stream.finish()]).endswith("b日")
+
+
+@both
+def test_a_prompt_that_ends_within_a_character_is_not_said_again(tokenizer):
+    *prompt, last = tokenizer.encode("ab🦜")
+    assert "ab" not in tokenizer.stream(after=prompt).push([last, *tokenizer.encode("c")[1:]])
+
+
 def test_a_space_at_the_beginning():
     prompt, new = BYTE_FALLBACK.encode("ab"), BYTE_FALLBACK.encode("c")[1:]
     assert BYTE_FALLBACK.decode(new) == "c"
