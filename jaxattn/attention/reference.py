@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from jaxattn.metadata.schedule import segment_of
+from jaxattn.batch.segments import segment_of
 from jaxattn.metadata.spec import AttentionSpec, softmax_dtype
 from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn_kernels.arrays import KVScales

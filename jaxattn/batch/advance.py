@@ -7,6 +7,7 @@ from jaxtyping import Array, Int32
 
 from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.ragged import RaggedBatch, pack_fields
+from jaxattn.batch.segments import prefix_sums
 
 
 def advance(
@@ -60,7 +61,7 @@ def advance(
     old_lens, kv_lens = jnp.diff(batch.cu_q_lens)[:R], batch.kv_lens[:R]
     if accepted is not None:
         kv_lens = kv_lens - old_lens + jnp.clip(accepted[:R], 0, old_lens)
-    cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(new_lens, dtype=jnp.int32)])
+    cu_q_lens = prefix_sums(new_lens)
     # Tokens that are not appended go out of range, where the scatter drops them.
     offset = jnp.arange(Q, dtype=jnp.int32)[None, :]
     place = jnp.where(offset < new_lens[:, None], cu_q_lens[:-1, None] + offset, bucket.tokens)

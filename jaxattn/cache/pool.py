@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from jaxattn.batch.numbers import positive_int
+
 
 class PagePool:
     """The pages of a cache and how many references each has, on the host.
@@ -23,8 +25,9 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        if num_pages < 0 or page_size < 1:
-            raise ValueError(f"num_pages={num_pages} must be at least 0 and page_size={page_size} at least 1")
+        if num_pages < 0:
+            raise ValueError(f"num_pages={num_pages} must not be negative")
+        positive_int("page_size", page_size)
         self.num_pages = num_pages
         self.page_size = page_size
         self._references = np.zeros(num_pages, np.int32)

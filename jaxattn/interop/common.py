@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Int32
 
 from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.ragged import PAD_SLOT, RaggedBatch, pack_fields
+from jaxattn.batch.segments import padded_rows, prefix_sums, segment_of
 from jaxattn.metadata.fields import fields_of
-from jaxattn.metadata.schedule import segment_of
 from jaxattn.metadata.spec import AttentionSpec, WindowClass
 from jaxattn.metadata.superset import METADATA_FIELDS, AttentionMetadata
 
@@ -62,10 +62,8 @@ def page_indices(metadata: AttentionMetadata, max_pages_per_seq: int) -> Int32[A
         raise ValueError(
             f"max_pages_per_seq={max_pages_per_seq} must be at least 1: the pages of the longest sequence"
         )
-    column = jnp.arange(max_pages_per_seq, dtype=jnp.int32)[None, :]
-    start, end = metadata.kv_page_indptr[:-1, None], metadata.kv_page_indptr[1:, None]
-    page = metadata.kv_page_list.at[start + column].get(mode="clip")
-    return jnp.where(column < end - start, page, 0)
+    indptr = metadata.kv_page_indptr
+    return padded_rows(metadata.kv_page_list, indptr[:-1], jnp.diff(indptr), max_pages_per_seq)
 
 
 def check_table_width(metadata: AttentionMetadata, max_pages_per_seq: int) -> None:
@@ -154,7 +152,7 @@ def pack_table(
     if table.shape[0] != bucket.seqs:
         raise ValueError(f"the page table has {table.shape[0]} rows; {bucket} needs {bucket.seqs}")
     counts = (rows.kv_lens + (page_size - 1)) // page_size
-    indptr = _prefix_sums(counts)
+    indptr = prefix_sums(counts)
     row = jnp.minimum(segment_of(indptr[1:], bucket.pages), bucket.seqs - 1)
     column = jnp.arange(bucket.pages, dtype=jnp.int32) - indptr[row]
     return pack(token_ids, rows, Pages(counts, table.at[row, column].get(mode="clip")), bucket, page_size)
@@ -181,12 +179,12 @@ def pack(
         page_size,
         num_seqs=rows.num_seqs,
         token_ids=token_ids,
-        cu_q_lens=_prefix_sums(rows.q_lens),
+        cu_q_lens=prefix_sums(rows.q_lens),
         kv_lens=rows.kv_lens,
         is_decode=is_real & is_decode,
         state_slots=jnp.where(is_real, state_slots, PAD_SLOT),
         prefix_lm_lens=jnp.zeros_like(state_slots),
-        page_indptr=_prefix_sums(pages.counts),
+        page_indptr=prefix_sums(pages.counts),
         page_list=live(pages.page_list, pages.counts.sum(dtype=jnp.int32)),
     )
 
@@ -242,7 +240,3 @@ def check_paged(has_pages: bool, page_size: int | None) -> None:
             f"page_size={page_size} for an export {'with' if has_pages else 'without'} pages; "
             "give the page size of its cache, or None where it has no pages"
         )
-
-
-def _prefix_sums(lens: Int32[Array, " R"]) -> Int32[Array, " R_plus_1"]:
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lens, dtype=jnp.int32)])

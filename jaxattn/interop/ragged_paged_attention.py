@@ -11,9 +11,9 @@ from jaxtyping import Array, Int32
 
 from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.ragged import RaggedBatch
-from jaxattn.interop.common import Stated, _prefix_sums, pack_table, page_indices, read_rows, unchanged
+from jaxattn.batch.segments import prefix_sums, segment_of
+from jaxattn.interop.common import Stated, pack_table, page_indices, read_rows, unchanged
 from jaxattn.metadata.fields import described
-from jaxattn.metadata.schedule import segment_of
 from jaxattn.metadata.superset import AttentionMetadata
 
 
@@ -109,7 +109,7 @@ def to_ragged_paged_attention_v3(
     group = jnp.where(q_lens == 1, 0, jnp.where(is_chunk, 1, 2))
     group = jnp.where(q_lens > 0, group, 3)
     row_order = jnp.argsort(group, stable=True)
-    cu_q_lens = _prefix_sums(q_lens[row_order])
+    cu_q_lens = prefix_sums(q_lens[row_order])
     token_order = _moved_tokens(metadata.cu_q_lens, cu_q_lens, row_order, metadata.bucket.tokens)
     return RaggedPagedAttentionV3Metadata(
         kv_lens=metadata.kv_lens[row_order],

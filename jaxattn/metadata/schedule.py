@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from jaxattn.batch.bucket import Bucket
+from jaxattn.batch.segments import prefix_sums, segment_of
 from jaxattn.metadata.fields import described
 
 
@@ -156,16 +157,6 @@ class KeyTiles:
         from jaxattn.viz.cards import record_card  # when looked at
 
         return record_card(self)
-
-
-def segment_of(ends: Int32[Array, " S"], length: int) -> Int32[Array, " length"]:
-    """The segment of each index 0..length-1, given ascending segment ends; S past the last end.
-
-    It is the number of ends at or before the index: a histogram of the ends, summed up. Linear;
-    a binary search per index costs log(S) gathers, and unrolled takes seconds to compile.
-    """
-    ends_at = jnp.zeros(length, jnp.int32).at[ends].add(1, mode="drop")
-    return jnp.cumsum(ends_at, dtype=jnp.int32)
 
 
 def tile_bound(tokens: int, rows: int, block_q: int, min_q: int = 1) -> int:
@@ -388,9 +379,7 @@ def _split(tiles: Tiles, split_keys: int, max_units: int) -> SplitPlan:
     tile_start, tile_end, live = tiles.kv_start, tiles.kv_end, tiles.q_len > 0
     first = tile_start // split_keys
     units = jnp.maximum((tile_end + split_keys - 1) // split_keys - first, 1)
-    indptr = jnp.concatenate(
-        [jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.where(live, units, 0), dtype=jnp.int32)]
-    )
+    indptr = prefix_sums(jnp.where(live, units, 0))
     unit = jnp.arange(max_units, dtype=jnp.int32)
     is_unit = unit < indptr[-1]
     tile = segment_of(indptr[1:], max_units)

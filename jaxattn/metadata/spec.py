@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from jaxattn.batch.numbers import positive_int
 from jaxattn.metadata.rope import RopeConfig
 
 
@@ -130,13 +130,13 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_q_heads", "num_kv_heads", "head_dim"):
-            _check_count(name, getattr(self, name))
+            positive_int(name, getattr(self, name))
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if self.sliding_window is not None:  # the query's own key counts
-            _check_count("sliding_window", self.sliding_window)
+            positive_int("sliding_window", self.sliding_window)
         if self.sliding_window is not None and not self.causal:
             raise ValueError("sliding_window needs causal=True: a two-sided window has no agreed meaning")
         if self.prefix_lm and (not self.causal or self.sliding_window is not None):
@@ -165,11 +165,6 @@ class AttentionSpec:
     def window_class(self) -> Visibility:
         """The part of the description that visible key ranges depend on."""
         return WindowClass(self.causal, self.sliding_window, self.prefix_lm)
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 def softmax_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int32
 
 from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.ragged import PAD_SLOT, RaggedBatch
+from jaxattn.batch.segments import padded_rows, prefix_sums, segment_of
 from jaxattn.metadata.cascade import Cascade, find_cascade
 from jaxattn.metadata.fields import MissingFieldError, Prepared, fields_of, metadata_field
 from jaxattn.metadata.rope import RopeConfig, RopeTables, rope_tables
@@ -23,7 +24,6 @@ from jaxattn.metadata.schedule import (
     Tiling,
     schedule_key_tiles,
     schedule_tiles,
-    segment_of,
 )
 from jaxattn.metadata.spec import AttentionSpec, Visibility
 
@@ -178,7 +178,7 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="cu_seqlens_k")
     def cu_kv_lens(self) -> Int32[Array, " R_plus_1"]:
         """Prefix sums of `kv_lens`."""
-        return self.cu_q_lens if self.page_size is None else _prefix_sums(self.kv_lens)
+        return self.cu_q_lens if self.page_size is None else prefix_sums(self.kv_lens)
 
     @metadata_field(also_called="num_computed_tokens")
     def context_lens(self) -> Int32[Array, " R"]:
@@ -260,7 +260,7 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="kv_indptr, cu_num_pages", needs=PAGES)
     def kv_page_indptr(self) -> Int32[Array, " R_plus_1"]:
         """Prefix sums of the pages that hold keys, reserved ones left out."""
-        return _prefix_sums((self._stored_lens + (self._tokens_per_page - 1)) // self._tokens_per_page)
+        return prefix_sums((self._stored_lens + (self._tokens_per_page - 1)) // self._tokens_per_page)
 
     @metadata_field(also_called="kv_indices, cache_loc", needs=PAGES)
     def kv_page_list(self) -> Int32[Array, " P"]:
@@ -279,11 +279,9 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="block_table, page_table", needs=TABLE_WIDTH)
     def page_indices(self) -> Int32[Array, "R M"]:
         """Rectangular page table of the pages that hold keys; 0 elsewhere."""
-        column = jnp.arange(self._step.request.max_pages_per_seq, dtype=jnp.int32)[None, :]
-        counts = jnp.diff(self.kv_page_indptr)[:, None]
         # From the batch's own list, so that the compact one need not exist.
-        entry = self.page_indptr[:-1, None] + column
-        return jnp.where(column < counts, self.page_list.at[entry].get(mode="clip"), 0)
+        starts, counts = self.page_indptr[:-1], jnp.diff(self.kv_page_indptr)
+        return padded_rows(self.page_list, starts, counts, self._step.request.max_pages_per_seq or 0)
 
     @metadata_field(needs=PAGES)
     def cascade(self) -> Cascade:
@@ -486,7 +484,3 @@ class PreparingVisible(VisibleKeys):
 
 METADATA_FIELDS = tuple(fields_of(AttentionMetadata))
 VISIBLE_FIELDS = tuple(fields_of(VisibleKeys))
-
-
-def _prefix_sums(lens: Int32[Array, " R"]) -> Int32[Array, " R_plus_1"]:
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lens, dtype=jnp.int32)])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Int32
 
+from jaxattn.batch.numbers import positive_int
 from jaxattn.models.sampling import GREEDY, NUM_SEEDS, Sampling, SamplingArrays
 
 NO_STOP_TOKEN = -1
@@ -106,10 +107,7 @@ def limits_per_prompt(num_prompts: int, max_new_tokens: Limits) -> list[int]:
     else:
         _check_count("max_new_tokens", max_new_tokens, num_prompts, "one integer")
         named = [(f"max_new_tokens[{i}]", limit) for i, limit in enumerate(max_new_tokens)]
-    for name, limit in named:
-        if not isinstance(limit, Integral) or limit < 1:
-            raise ValueError(f"{name}={limit!r} must be an integer of at least 1")
-    return [int(limit) for _, limit in named]
+    return [positive_int(name, limit) for name, limit in named]
 
 
 def _stops_per_prompt(num_prompts: int, stop_token_ids: StopTokens, vocab_size: int) -> list[tuple[int, ...]]:

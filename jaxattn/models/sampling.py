@@ -19,6 +19,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from jaxattn.batch.numbers import positive_int
+
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 NUM_SEEDS = 2**32
 
@@ -51,8 +53,8 @@ class Sampling:
                 f"temperature={self.temperature!r} must be 0 (the likeliest token), or positive and within "
                 f"float32"
             )
-        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
-            raise ValueError(f"top_k={self.top_k!r} must be an integer of at least 1, or None for all tokens")
+        if self.top_k is not None:
+            positive_int("top_k", self.top_k, "or None for all tokens")
         if not isinstance(self.top_p, Real) or not _SMALLEST <= self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r} must be above 0 and at most 1, which leaves all tokens")
         if not isinstance(self.seed, Integral) or not 0 <= self.seed < NUM_SEEDS:

@@ -26,12 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxattn.batch.bucket import Bucket, BucketPlan, Buckets
+from jaxattn.batch.numbers import positive_int
 from jaxattn.batch.trace import BatchSizes, Trace
 from jaxattn.planning.cost import DEFAULT_COST, Cost, costs_of
 from jaxattn.planning.partition import LineCuts, cut_line
@@ -108,8 +108,7 @@ def plan_curve(
     Raises:
         ValueError: As of `plan_buckets`.
     """
-    if not isinstance(max_compiles, Integral) or max_compiles < 1:
-        raise ValueError(f"max_compiles={max_compiles!r} must be an integer of at least 1")
+    positive_int("max_compiles", max_compiles)
     batches = DistinctBatches.of(trace, limits, headroom)
     together = _Line.of(batches, np.ones_like(batches.is_decode), cost)
     candidates = [[buckets] for buckets in together.best(max_compiles)]

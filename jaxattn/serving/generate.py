@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 
 from jaxattn.batch.bucket import Bucket, Buckets, quarter_steps
 from jaxattn.batch.nest import DEFAULT_GRID, nest_sequences
+from jaxattn.batch.numbers import positive_int
 from jaxattn.batch.ragged import RaggedBatch
 from jaxattn.batch.rows import flatten_rows
 from jaxattn.batch.trace import BatchLog
@@ -133,7 +133,7 @@ def fits_one_batch(
     """
     pages = _pages_per_prompt(prompt_lens, max_new_tokens, page_size)
     if num_pages is not None:
-        _check_positive("num_pages", num_pages)
+        positive_int("num_pages", num_pages)
     needed, num_tokens = int(pages.sum()), int(np.sum(prompt_lens, dtype=np.int64))
     return grid.holds(tokens=num_tokens, seqs=pages.size, pages=needed) and needed <= (num_pages or needed)
 
@@ -240,7 +240,7 @@ def generate(
         stop_token_ids=stop_token_ids,
         vocab_size=model.config.vocab_size,
     )
-    _check_positive("stream_every", stream_every)
+    positive_int("stream_every", stream_every)
     cache_dtype = check_cache_dtype(cache_dtype, model.compiled.dtype)
     check_kv_scales(kv_scales, model.config, cache_dtype)
     sizes: dict[str, Any] = {"num_pages": num_pages, "page_size": page_size}
@@ -329,15 +329,10 @@ def _pages_per_prompt(
     prompt_lens: Sequence[int] | np.ndarray, max_new_tokens: Limits, page_size: int
 ) -> np.ndarray:
     """Pages for a prompt and all its new tokens: decoding never returns to the host for more."""
-    _check_positive("page_size", page_size)
+    positive_int("page_size", page_size)
     lens = np.asarray(prompt_lens, np.int64)
     limits = np.array(limits_per_prompt(lens.size, max_new_tokens), np.int64)
     return -(-(lens + limits) // page_size)
-
-
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 def _next_size(n: int) -> int:

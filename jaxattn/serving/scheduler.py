@@ -33,6 +33,7 @@ from jaxtyping import Bool, Int32
 
 from jaxattn.batch.bucket import Bucket, Buckets
 from jaxattn.batch.nest import DEFAULT_GRID, nest_sequences
+from jaxattn.batch.numbers import positive_int
 from jaxattn.batch.ragged import INT32_MAX, RaggedBatch
 from jaxattn.batch.trace import BatchLog
 from jaxattn.cache.pool import PagePool
@@ -236,11 +237,11 @@ class Scheduler:
     ) -> None:
         self.pool = pool
         self.stats = SchedulerStats()
-        self._token_budget = _positive("token_budget", token_budget)
+        self._token_budget = positive_int("token_budget", token_budget)
         # Every running request can have a token in every step: none starves beside decoding ones.
-        self._max_running = min(_positive("max_seqs", max_seqs), token_budget)
-        self._max_chunk = token_budget if max_chunk is None else _positive("max_chunk", max_chunk)
-        self._id_limit = INT32_MAX + 1 if vocab_size is None else _positive("vocab_size", vocab_size)
+        self._max_running = min(positive_int("max_seqs", max_seqs), token_budget)
+        self._max_chunk = token_budget if max_chunk is None else positive_int("max_chunk", max_chunk)
+        self._id_limit = INT32_MAX + 1 if vocab_size is None else positive_int("vocab_size", vocab_size)
         self._share_prefixes = share_prefixes
         self._capacity = pool.num_free
         self._prefixes = PrefixCache(pool)
@@ -304,7 +305,7 @@ class Scheduler:
                 whole cache; the queue is unchanged then.
         """
         prompt_ids = self._check_prompt(prompt)
-        _positive("max_new_tokens", max_new_tokens)
+        positive_int("max_new_tokens", max_new_tokens)
         for token_id in stop_token_ids:
             if not isinstance(token_id, Integral) or not 0 <= token_id < self._id_limit:
                 raise ValueError(
@@ -568,9 +569,3 @@ class Scheduler:
                 f"{name}[{bad[0]}]={array[bad[0]]} is no token id: expected 0 <= id < {self._id_limit}"
             )
         return array
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-    return int(value)
