@@ -1,6 +1,7 @@
 """Run every experiment in its small setting, and bring the tables in `README.md` up to date.
 
-    python experiments/run_all.py            # everything below, as `make experiments` does
+    python experiments/run_all.py            # everything that changed, as `make experiments` does
+    python experiments/run_all.py packing    # this one, changed or not
     python experiments/run_all.py --tables   # only the tables
 
 The tables between `<!-- table: EXPERIMENT.NAME -->` and `<!-- end of table -->` are made from the committed
@@ -24,6 +25,7 @@ import jax
 from experiment import RESULTS, UNCOMMITTED, Experiment, read_result
 from matplotlib.figure import Figure
 from rich.console import Console
+from state import state_of
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
@@ -93,20 +95,33 @@ def check_small_run(name: str) -> None:
             )
 
 
+def compile_cheaply() -> None:
+    """Skip optimisations and keep programs, here and in further processes: they run a few times only."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(FOLDER.parent / ".jax_cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
 def main() -> None:
     """Run the small settings, unless only the tables are asked for, and rewrite the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tables", action="store_true", help="run nothing")
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
     arguments = parser.parse_args()
-    # What is compiled here runs a few times: most of compiling would go into speed that nobody needs.
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of further processes
-    jax.config.update("jax_disable_most_optimizations", True)
-    console = Console(width=120)
+    compile_cheaply()
+    console, state = Console(width=120), state_of()
     for name in () if arguments.tables else arguments.names or NAMES:
         console.print(f"[bold]{name}[/]: {experiment(name).question}")
+        stamp = UNCOMMITTED / f"{name}.state"
+        if name not in arguments.names and stamp.exists() and stamp.read_text() == state:
+            console.print(f"{name}: ran before, with the same sources and versions")
+            continue
         started = time.perf_counter()
         check_small_run(name)
+        stamp.write_text(state)
         console.print(f"{name}: {time.perf_counter() - started:.0f} s")
     README.write_text(rewrite(README.read_text(encoding="utf-8")), encoding="utf-8")
 

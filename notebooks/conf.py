@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,25 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "experiments")]
 sys.path[:0] = SOURCES
 
+from state import state_of  # noqa: E402
+
 # What the kernels of the pages inherit: this tree whatever else is installed, and the same device everywhere.
 os.environ["PYTHONPATH"] = os.pathsep.join([*SOURCES, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+
+EXECUTED = ROOT / ".docs_cache"
+"""Pages that were run before and whose code did not change are not run again, while nothing else did."""
+STATE = state_of(Path(__file__))
+
+
+def forget_other_states() -> None:
+    """Remove what was run with other sources or versions."""
+    for folder in EXECUTED.glob("*"):
+        if folder.name != STATE:
+            shutil.rmtree(folder, ignore_errors=True)
+
 
 project = "jaxattn"
 author = "The jaxattn authors"
@@ -46,7 +63,8 @@ html_theme_options = {
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "force"
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(EXECUTED / STATE)
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
@@ -144,12 +162,17 @@ def readable_axes(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def compile_quickly(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Let XLA skip its optimisations where only results matter; a page's kernel inherits the environment."""
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(docname.startswith(QUICKLY_COMPILED)))
+    """Let XLA skip its optimisations, and JAX keep the programs for the next time, where only results matter.
+
+    A page's kernel inherits the environment.
+    """
+    quickly = str(int(docname.startswith(QUICKLY_COMPILED)))
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = os.environ["JAX_ENABLE_COMPILATION_CACHE"] = quickly
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the functions above."""
+    forget_other_states()
     app.connect("builder-inited", show_one_signature)
     app.connect("autodoc-process-signature", readable_types)
     app.connect("autodoc-skip-member", skip_member)

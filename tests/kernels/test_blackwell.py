@@ -83,13 +83,14 @@ LAYERS = {
 
 
 @pytest.mark.smoke
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4, "numbers")
 @pytest.mark.parametrize("name", LAYERS)
 def test_agrees_with_xla(name):
     spec, workload, page_size, dtype = LAYERS[name]
     check_here(workload, spec, page_size, dtype)
 
 
+@pytest.mark.thinned(4, "numbers")
 @pytest.mark.parametrize("growth", [1, 40])
 def test_more_key_blocks_than_shared_memory_holds(growth):
     """Outputs are rescaled where scores grow, and only there."""
@@ -105,7 +106,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4, "numbers")
 @pytest.mark.parametrize("name", SPLITS)
 def test_split_keys_are_merged(name, monkeypatch):
     split_keys, q_lens, context_lens, spec, page_size, max_q_len = SPLITS[name]
@@ -113,6 +114,7 @@ def test_split_keys_are_merged(name, monkeypatch):
     check_here(Workload(name, q_lens, context_lens, ""), spec, page_size, max_q_len=max_q_len)
 
 
+@pytest.mark.thinned(4, "numbers")
 def test_what_does_not_change_a_bit(monkeypatch):
     check_what_does_not_change_a_bit(kernel, monkeypatch)
 
@@ -169,7 +171,7 @@ MISTAKES = {"none": (lambda monkeypatch: None, 149, False)} | WAITS | ARRIVALS |
 FEW = ("none", next(iter(WAITS)), next(iter(ARRIVALS)), *CALLS, *SPLIT)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "mistake", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MISTAKES]
 )

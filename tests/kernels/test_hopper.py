@@ -38,24 +38,26 @@ pytestmark = [pytest.mark.simulator, pytest.mark.usefixtures("no_races"), pytest
 
 
 @pytest.mark.smoke
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4, "numbers")
 @pytest.mark.parametrize("name", LAYERS)
 def test_agrees_with_xla(name):
     check(ODD[3], *LAYERS[name])
 
 
+@pytest.mark.thinned(4, "numbers")
 def test_every_kind_of_batch():
     for workload in ODD[:3]:
         check(workload, layer(4, 1), 16)
 
 
+@pytest.mark.thinned(4, "numbers")
 def test_many_key_blocks():
     """More blocks than shared memory holds, for one consumer and for two."""
     workload = Workload("long", (1, 130), (699, 513), "several key blocks")
     check(workload, layer(1, 1, sliding_window=600), 16)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4, "numbers")
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_keys(causal):
     check(ODD[0], layer(2, 1, causal=causal), None)
@@ -71,7 +73,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4, "numbers")
 @pytest.mark.parametrize("name", SPLITS)
 def test_split_keys_are_merged(monkeypatch, name):
     split_keys, q_lens, context_lens, spec, page_size, bucket = SPLITS[name]
@@ -79,6 +81,7 @@ def test_split_keys_are_merged(monkeypatch, name):
     check(Workload(name, q_lens, context_lens, "split keys"), spec, page_size, bucket=bucket)
 
 
+@pytest.mark.thinned(4, "numbers")
 def test_what_does_not_change_a_bit(monkeypatch):
     check_what_does_not_change_a_bit(kernel, monkeypatch)
 
@@ -93,6 +96,7 @@ def test_agrees_with_xla_everywhere(group_size, page_size, head_dim):
             check(workload, layer(group_size, 1, head_dim, **options), page_size)
 
 
+@pytest.mark.thinned(4, "numbers")
 def test_a_number_of_tokens_that_no_tile_divides():
     spec = layer(2, 1)
     problem = Problem.draw(Workload("odd", (5, 6), (0, 0), ""), spec)
@@ -133,7 +137,7 @@ FEW = (*list(MISTAKES)[:2], *list(MISTAKES)[-3:])
 
 
 @pytest.mark.smoke
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "mistake", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MISTAKES]
 )

@@ -115,7 +115,7 @@ def check(
 
 
 @pytest.mark.smoke
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(3, "numbers")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if "group" in name else pytest.mark.slow) for name in LAYERS]
 )
@@ -123,17 +123,19 @@ def test_agrees_with_the_definition(name):
     check(ODD[3], *LAYERS[name])
 
 
+@pytest.mark.thinned(3, "numbers")
 def test_many_blocks():
     """More blocks than shared memory holds, of keys and of rows of queries."""
     check(Workload("long", (1, 130), (250, 180), ""), layer(2, 1, sliding_window=290), 16)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3, "numbers")
 @pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_packed_keys(causal):
     check(ODD[0], layer(2, 1, causal=causal), None)
 
 
+@pytest.mark.thinned(3, "numbers")
 def test_what_does_not_change_a_bit(monkeypatch):
     """How many tiles a program serves, and what stands beside a sequence, be it NaN."""
     spec = layer(2, 1, sliding_window=60)

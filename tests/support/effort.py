@@ -1,9 +1,9 @@
 """How much of the suite runs, and how many examples a property is tried on: one place, for all tests.
 
 An everyday run leaves out, as `slow`, most cases of tests that are dear and alike: of one marked
-`thinned(n)` it takes one case in n, and outside the kernels' own tests and the laws it takes one case per
-file that runs a Triton kernel in the interpreter. Which cases are taken depends on the commit: tomorrow's
-run takes others.
+`thinned(n)` it takes one case in n, of all those in a file marked `thinned(n, group)` together one case
+in n, and outside the kernels' own tests and the laws one case per file that runs a Triton kernel in the
+interpreter. Which cases are taken depends on the commit: tomorrow's run takes others.
 
 `make test-all SHARD=k/n` runs everything, a part in n at a time, and `SHARD=auto` the part that is due: the
 number of commits says which. `.ci/run` runs that part of the slow tests, so that every case has its turn.
@@ -87,12 +87,15 @@ def _left_out(
     ]
 
 
-def _test_of(item: pytest.Item) -> object:
-    return item.path, getattr(item, "originalname", item.name)
+def _group_of(item: pytest.Item) -> object:
+    """The test of a case; of one marked `thinned(n, group)`, all tests of its file that name the group."""
+    marker = item.get_closest_marker("thinned")
+    named = marker.args[1:] if marker else ()
+    return item.path, *(named or (getattr(item, "originalname", item.name),))
 
 
 def _one_in_n(cases: Sequence[pytest.Item]) -> int:
-    """How many are kept of the cases of a test: one in n if it is marked `thinned(n)`, else all."""
+    """How many are kept of the cases of a group: one in n if they are marked `thinned(n)`, else all."""
     marker = cases[0].get_closest_marker("thinned")
     return len(cases) if marker is None else -(-len(cases) // marker.args[0])
 
@@ -110,7 +113,7 @@ def mark_slow(items: Iterable[pytest.Item]) -> None:
     def everyday() -> list[pytest.Item]:
         return [item for item in items if item.get_closest_marker("slow") is None]
 
-    for item in _left_out(everyday(), _test_of, _one_in_n):
+    for item in _left_out(everyday(), _group_of, _one_in_n):
         item.add_marker(pytest.mark.slow)
     interpreted = filter(_is_interpreted, everyday())
     for item in _left_out(interpreted, lambda item: item.path, lambda _: 1):
