@@ -71,7 +71,7 @@ def pytest_configure(config):
 
 def pytest_report_header():
     part, parts = effort.SHARD
-    return f"rotation {effort.ROTATION[:12] or 'none'}, part {part} of {parts}"
+    return f"rotation {effort.ROTATION or 'none'}, part {part} of {parts}"
 
 
 @pytest.fixture

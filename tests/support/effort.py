@@ -57,7 +57,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 # The first process of a run decides, and its workers inherit what it wrote.
-ROTATION = os.environ.setdefault("JAXATTN_ROTATION", _git("rev-parse", "HEAD"))
+ROTATION = os.environ.setdefault("JAXATTN_ROTATION", _git("rev-parse", "--short=12", "HEAD"))
 SHARD = _shard(os.environ.get("JAXATTN_SHARD", ""))
 os.environ["JAXATTN_SHARD"] = "{}/{}".format(*SHARD)
 
