@@ -16,8 +16,9 @@ import numpy as np
 
 from jaxattn.batch import Bucket, BucketPlan, Trace
 from jaxattn.planning.cost import DEFAULT_COST, Cost, costs_of
+from jaxattn.planning.distinct import DistinctBatches
 from jaxattn.planning.partition import cut_line
-from jaxattn.planning.planner import DistinctBatches, cheapest_first, cheapest_so_far
+from jaxattn.planning.planner import cheapest_first, cheapest_so_far
 
 
 def plan_curve_with_pages(
@@ -188,6 +189,9 @@ class _Plane:
         # Where a larger bucket is cheaper, it is what a smaller one stands for.
         costs = np.minimum.accumulate(self.costs[::-1, ::-1], axis=0)
         costs = np.minimum.accumulate(costs, axis=1)[::-1, ::-1]
+        if costs.shape[1] == 1:  # the same cuts in less time
+            line = cut_line(self.weights[:, 0], costs[:, 0], max_groups)
+            return line.totals, lambda k: [self._bucket(costs, end, 0) for end in line.ends(k)]
         cuts = cut_plane(self.weights, costs, self.is_present, max_groups)
         return cuts.totals, lambda k: [self._bucket(costs, *end) for end in cuts.ends(k)]
 

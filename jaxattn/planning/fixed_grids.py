@@ -9,7 +9,8 @@ import numpy as np
 from jaxattn.batch.bucket import Bucket, BucketPlan, powers_of_two, quarter_steps
 from jaxattn.batch.trace import Trace
 from jaxattn.planning.cost import DEFAULT_COST, Cost
-from jaxattn.planning.planner import DistinctBatches, cheapest_first, cheapest_so_far
+from jaxattn.planning.distinct import DistinctBatches
+from jaxattn.planning.planner import cheapest_first, cheapest_so_far
 
 
 def half_steps(smallest: int, largest: int) -> tuple[int, ...]:

@@ -34,10 +34,8 @@ from jaxattn.batch.bucket import Bucket, BucketPlan, Buckets
 from jaxattn.batch.numbers import positive_int
 from jaxattn.batch.trace import BatchSizes, Trace
 from jaxattn.planning.cost import DEFAULT_COST, Cost, costs_of
-from jaxattn.planning.partition import LineCuts, cut_line
-
-_LARGER = 0.01
-"""Larger batches that are planned for where there is headroom, to one batch of the trace."""
+from jaxattn.planning.distinct import DistinctBatches, first_that_holds
+from jaxattn.planning.partition import cut_line
 
 
 class Fit(NamedTuple):
@@ -110,8 +108,8 @@ def plan_curve(
     """
     positive_int("max_compiles", max_compiles)
     batches = DistinctBatches.of(trace, limits, headroom)
-    together = _Line.of(batches, np.ones_like(batches.is_decode), cost)
-    candidates = [[buckets] for buckets in together.best(max_compiles)]
+    _, together = _Line.of(batches, np.ones_like(batches.is_decode), cost).cut(max_compiles)
+    candidates = [[buckets] for buckets in together]
     if batches.is_decode.any() and not batches.is_decode.all():
         decodes, others = (_Line.of(batches, kind, cost) for kind in (batches.is_decode, ~batches.is_decode))
         for k, buckets in enumerate(_best_apart(decodes, others, max_compiles), start=1):
@@ -148,107 +146,6 @@ def cheapest_first(buckets: list[Bucket], cost: Cost) -> BucketPlan:
     return BucketPlan(tuple(dict.fromkeys(buckets[i] for i in order)))
 
 
-@dataclass(frozen=True, slots=True)
-class DistinctBatches:
-    """The distinct batches of a trace, as far as they make a difference to a plan.
-
-    Attributes:
-        sizes: `[n, 3]` Tokens, pages, and whether no query has more than one token.
-        weights: `[n]` How many batches are so; 0 where there may be one.
-        max_seqs: The most sequences of a batch.
-    """
-
-    sizes: np.ndarray
-    weights: np.ndarray
-    max_seqs: int
-
-    @classmethod
-    def of(cls, trace: Trace, limits: Bucket | None, headroom: float = 0.0) -> DistinctBatches:
-        """The batches of a trace, the largest that can come, and others up to it where there is headroom.
-
-        Args:
-            trace: Sizes of batches.
-            limits: The largest batch that can come.
-            headroom: How much larger batches may soon be.
-
-        Raises:
-            ValueError: If the trace is empty, or the headroom negative or not finite.
-        """
-        if not 0 <= headroom < np.inf:
-            raise ValueError(f"headroom={headroom} must be finite, and not negative; 0.25 is a quarter more")
-        if not len(trace):
-            raise ValueError("trace is empty; log batches by nest_sequences(..., log=BatchLog(path))")
-        sizes = np.stack([trace.tokens, trace.pages, trace.max_q_len == 1], axis=1)
-        sizes, counts = np.unique(sizes, axis=0, return_counts=True)
-        seen = cls(sizes, counts.astype(np.float64), int(trace.seqs.max()))
-        parts: list[DistinctBatches] = [seen]
-        if limits is not None:
-            largest = np.array([[limits.tokens, limits.pages, limits.max_q_len == 1]])
-            parts.append(cls(largest, np.zeros(1), limits.seqs))
-        if headroom:
-            parts.extend(seen._larger(1 + headroom, limits, max(part.max_seqs for part in parts)))
-        return cls(
-            np.concatenate([part.sizes for part in parts]),
-            np.concatenate([part.weights for part in parts]),
-            max(part.max_seqs for part in parts),
-        )
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """`[n]` Tokens of each batch."""
-        return self.sizes[:, 0]
-
-    @property
-    def pages(self) -> np.ndarray:
-        """`[n]` Pages of each batch."""
-        return self.sizes[:, 1]
-
-    @property
-    def is_decode(self) -> np.ndarray:
-        """`[n]` Whether no query of a batch has more than one token."""
-        return self.sizes[:, 2] == 1
-
-    def bucket(self, tokens: int, pages: int) -> Bucket:
-        """The bucket with so many tokens and pages, and room for as many sequences as can come."""
-        return Bucket(tokens, min(tokens, self.max_seqs), pages)
-
-    def cost_in(self, plan: BucketPlan, cost: Cost) -> float:
-        """The cost of all batches, each in the first bucket that holds it."""
-        sizes = np.stack([self.tokens, self.pages, np.where(self.is_decode, 1, self.tokens)], axis=1)
-        buckets = np.array([astuple(bucket) for bucket in plan.buckets])
-        first = _first_that_holds(buckets[:, [0, 2, 3]], sizes)  # each has room for as many sequences
-        return float(costs_of(cost, buckets)[first] @ self.weights)
-
-    def _larger(self, factor: float, limits: Bucket | None, max_seqs: int) -> list[DistinctBatches]:
-        """Few batches so many times as large as the largest, fewer twice as large, … up to the limits."""
-        found, part = [self._scaled(factor, _LARGER, limits, max_seqs)], _LARGER
-        while limits is not None:
-            factor, part = 2 * factor, part / 2
-            larger = self._scaled(factor, part, limits, max_seqs)
-            if np.array_equal(larger.sizes, found[-1].sizes):
-                break
-            found.append(larger)
-        return found
-
-    def _scaled(self, factor: float, part: float, limits: Bucket | None, max_seqs: int) -> DistinctBatches:
-        """Of each kind a batch with so many times the most tokens and pages, for so large a part of all."""
-
-        def scaled(most: int, limit: int | None) -> int:
-            wanted = int(np.ceil(most * factor))
-            return wanted if limit is None else max(min(wanted, limit), most)
-
-        tokens_limit = pages_limit = seqs_limit = None
-        if limits is not None:
-            tokens_limit, seqs_limit, pages_limit = limits.tokens, limits.seqs, limits.pages
-        sizes, weights = [], []
-        for kind in np.unique(self.is_decode):
-            mine = self.is_decode == kind
-            tokens = scaled(int(self.tokens[mine].max()), seqs_limit if kind else tokens_limit)
-            sizes.append([tokens, scaled(int(self.pages[mine].max()), pages_limit), int(kind)])
-            weights.append(part * float(self.weights[mine].sum()))
-        return DistinctBatches(np.array(sizes), np.array(weights), scaled(max_seqs, seqs_limit))
-
-
 def cheapest_so_far(
     plans: Iterable[Iterable[BucketPlan]], batches: DistinctBatches, cost: Cost
 ) -> list[BucketPlan]:
@@ -271,8 +168,8 @@ class _Line:
 
     Attributes:
         buckets: `[n, 4]`
-        costs: `[n]` The cost of each.
-        weights: `[n]` How many batches need this one, and none before.
+        costs: `[n]` The cost of each, never falling.
+        weights: `[n]` How many batches stand at each place.
     """
 
     buckets: np.ndarray
@@ -296,36 +193,28 @@ class _Line:
             sizes = most
         sizes, which = np.unique(sizes, axis=0, return_inverse=True)
         order = np.argsort(priced(sizes)[1], kind="stable")
+        weights = np.bincount(which.reshape(-1), batches.weights[chosen])[order]
         buckets, costs = priced(np.maximum.accumulate(sizes[order]))
-        return cls(buckets, costs, np.bincount(which.reshape(-1), batches.weights[chosen])[order])
+        # Where a larger bucket is cheaper, it is taken instead: the next that no larger one undercuts.
+        lasting = np.flatnonzero(costs == np.minimum.accumulate(costs[::-1])[::-1])
+        taken = lasting[np.searchsorted(lasting, np.arange(costs.size))]
+        return cls(buckets[taken], costs[taken], weights)
 
-    def cut(self, max_groups: int) -> LineCuts:
-        """The best cuts, at the cost of the cheapest bucket that is at least as large."""
-        return cut_line(self.weights, self._rising(), max_groups)
-
-    def at(self, ends: list[int]) -> list[Bucket]:
-        """The buckets for groups that end there: the smallest of those at least as large that cost least."""
-        rising = self._rising()
-        found = [end + int((self.costs[end:] == rising[end]).argmax()) for end in ends]
-        return [Bucket(*row) for row in self.buckets[found].tolist()]
-
-    def best(self, max_groups: int) -> list[list[Bucket]]:
-        """The best 1, 2, … buckets, at most."""
-        cuts = self.cut(max_groups)
-        return [self.at(cuts.ends(k)) for k in range(1, max_groups + 1)]
-
-    def _rising(self) -> np.ndarray:
-        return np.minimum.accumulate(self.costs[::-1])[::-1]
+    def cut(self, max_groups: int) -> tuple[np.ndarray, list[list[Bucket]]]:
+        """The least totals with at most 1, 2, … buckets, and these buckets."""
+        cuts = cut_line(self.weights, self.costs, max_groups)
+        ends = (cuts.ends(k) for k in range(1, max_groups + 1))
+        return cuts.totals, [[Bucket(*row) for row in self.buckets[end].tolist()] for end in ends]
 
 
 def _best_apart(decodes: _Line, others: _Line, max_groups: int) -> list[list[Bucket]]:
     """The best 2, 3, … buckets, at most, where the two kinds of batches share none."""
-    own, rest = decodes.cut(max_groups), others.cut(max_groups)
+    own_totals, own = decodes.cut(max_groups)
+    other_totals, other = others.cut(max_groups)
     found = []
     for k in range(2, max_groups + 1):
-        totals = own.totals[: k - 1] + rest.totals[: k - 1][::-1]
-        num_own = int(totals.argmin()) + 1
-        found.append([*decodes.at(own.ends(num_own)), *others.at(rest.ends(k - num_own))])
+        num_own = 1 + int((own_totals[: k - 1] + other_totals[: k - 1][::-1]).argmin())
+        found.append([*own[num_own - 1], *other[k - num_own - 1]])
     return found
 
 
@@ -337,15 +226,8 @@ def _padded(buckets: Buckets, sizes: np.ndarray) -> np.ndarray:
     """
     if isinstance(buckets, BucketPlan):
         rows = np.array([astuple(bucket) for bucket in buckets.buckets])
-        first = _first_that_holds(rows, sizes)
+        first = first_that_holds(rows, sizes)
         if (first >= 0).all():
             return rows[first]
     picks = (buckets.pick(**BatchSizes(*row)._asdict()) for row in sizes.tolist())
     return np.array([astuple(bucket) for bucket in picks])
-
-
-def _first_that_holds(buckets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """`[n]` Which of the buckets `[k, d]` is the first that no size of a batch `[n, d]` exceeds, or -1."""
-    axes = zip(buckets.T[:, :, None], sizes.T[:, None, :], strict=True)
-    fits = np.logical_and.reduce([wanted <= room for room, wanted in axes])  # [k, n]
-    return np.where(fits.any(axis=0), fits.argmax(axis=0), -1)
