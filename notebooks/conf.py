@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from jupyter_cache import get_cache
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
@@ -36,11 +37,12 @@ EXECUTED = ROOT / ".docs_cache"
 STATE = state_of(Path(__file__))
 
 
-def forget_other_states() -> None:
-    """Remove what was run with other sources or versions."""
+def open_cache_of_this_state() -> None:
+    """Remove what was run with other sources or versions, and make room for what is run now."""
     for folder in EXECUTED.glob("*"):
         if folder.name != STATE:
             shutil.rmtree(folder, ignore_errors=True)
+    get_cache(nb_execution_cache_path).list_cache_records()  # two processes cannot make it at once
 
 
 project = "jaxattn"
@@ -172,7 +174,7 @@ def compile_quickly(app: Sphinx, docname: str, content: list[str]) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the functions above."""
-    forget_other_states()
+    open_cache_of_this_state()
     app.connect("builder-inited", show_one_signature)
     app.connect("autodoc-process-signature", readable_types)
     app.connect("autodoc-skip-member", skip_member)
