@@ -19,7 +19,8 @@ from jaxattn.cli.load import load
 from jaxattn.models import CompiledSteps, Sampling
 from jaxattn.models.options import PromptOptions, limits_per_prompt
 from jaxattn.models.sampling import NUM_SEEDS
-from jaxattn.serving.generate import compile_generation, fits_one_batch, generate, plan_generation
+from jaxattn.serving.generate import generate
+from jaxattn.serving.sizes import compile_generation, fits_one_batch, plan_generation
 from jaxattn.serving.text import Tokenizer, load_tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")

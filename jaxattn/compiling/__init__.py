@@ -1,4 +1,4 @@
-"""Compilations of a process: counted, forbidden, kept on disk."""
+"""Compilations of a process: counted, forbidden, kept on disk, free of the caller's context."""
 
 from jaxattn.compiling.compiles import (
     CompilationForbiddenError,
@@ -7,5 +7,13 @@ from jaxattn.compiling.compiles import (
     count_compiles,
     forbid_compiles,
 )
+from jaxattn.compiling.context import neutral_context
 
-__all__ = ["CompilationForbiddenError", "Compiles", "compile_cache", "count_compiles", "forbid_compiles"]
+__all__ = [
+    "CompilationForbiddenError",
+    "Compiles",
+    "compile_cache",
+    "count_compiles",
+    "forbid_compiles",
+    "neutral_context",
+]

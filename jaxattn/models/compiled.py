@@ -1,7 +1,8 @@
 """The compiled programs of a decoder: functions of `steps.py`.
 
 Each is compiled once per bucket, ahead of time, from `abstract_params` alone: no weights are needed, so
-compilation can run while a checkpoint is still being read.
+compilation can run while a checkpoint is still being read. The mesh or default device of a caller has no part
+in it (`neutral_context`): the devices are those of the parameters.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.ragged import abstract_batch
 from jaxattn.cache.quantization import is_quantized
 from jaxattn.compiling.compiles import compile_cache
+from jaxattn.compiling.context import neutral_context
 from jaxattn.models import steps
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.layer_caches import Cache, check_cache_dtype, init_model_cache
@@ -59,12 +61,14 @@ class CompiledSteps:
         """What the programs compiled so far do, such as "score" or "prefill"."""
         return tuple(str(name) for name, *_ in self.programs)
 
+    @neutral_context()
     def score(self, bucket: Bucket, *, implementation: str = "auto") -> Callable:
         """The program `(params, batch) -> logits` of `steps.score`."""
         return self._compile(
             steps.score, self._params(), abstract_batch(bucket), implementation=implementation
         )
 
+    @neutral_context()
     def calibrate(
         self, bucket: Bucket, *, cache_dtype: jax.typing.DTypeLike, implementation: str = "auto"
     ) -> Callable:
@@ -77,6 +81,7 @@ class CompiledSteps:
             implementation=implementation,
         )
 
+    @neutral_context()
     def prefill(
         self,
         bucket: Bucket,
@@ -103,6 +108,7 @@ class CompiledSteps:
             implementation=implementation,
         )
 
+    @neutral_context()
     def decode(
         self,
         bucket: Bucket,
@@ -129,6 +135,7 @@ class CompiledSteps:
             implementation=implementation,
         )
 
+    @neutral_context()
     def choose_tokens(
         self,
         bucket: Bucket,
@@ -148,6 +155,7 @@ class CompiledSteps:
             implementation=implementation,
         )
 
+    @neutral_context()
     def empty_cache(
         self, *, page_size: int, num_pages: int, cache_dtype: jax.typing.DTypeLike | None = None
     ) -> Callable:
@@ -169,7 +177,9 @@ class CompiledSteps:
         """The program of a function for arguments of these shapes; a cache among them is donated."""
         leaves, tree = jax.tree.flatten(abstract_args)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        key = (function.__name__, tree, shapes, tuple(static.items()))
+        # Settings of JAX that are in force now, and that tracing reads.
+        settings = (jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64)
+        key = (function.__name__, tree, shapes, tuple(static.items()), settings)
         if key in self.programs:
             return self.programs[key]
         if not self.may_compile:

@@ -28,10 +28,7 @@ from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.layer_caches import Cache
 from jaxattn.models.params import Params
-from jaxattn.models.stacked import is_stacked, scan_layers
-
-PackedKV = tuple[tuple[Array, Array], ...]
-"""Keys and values `[T, K, H]` of each layer."""
+from jaxattn.models.stacked import PackedKV, is_stacked, scan_layers
 
 
 @overload

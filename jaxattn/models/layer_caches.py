@@ -14,8 +14,8 @@ from jaxattn.models.config import DecoderConfig
 from jaxattn_kernels.arrays import KVScales
 
 Cache = tuple[PagedKVCache, ...] | PagedKVCache
-"""One per layer; of stacked layers a single one, with all pages of a layer after all of the layer before, and
-scales `[L, K]`."""
+"""One cache per layer; or a single one for stacked layers, which holds the pages of layer 0, then those of
+layer 1, and so on, with scales `[L, K]`."""
 
 
 def init_model_cache(
@@ -34,12 +34,15 @@ def init_model_cache(
         num_pages: Physical pages.
         page_size: Tokens per page.
         dtype: Element type of keys and values.
-        kv_scales: Of a quantised cache, and of no other, its scales `[L, K]`.
-        stack_layers: Whether it is for stacked layers.
+        kv_scales: The scales `[L, K]` of a quantised cache; None for any other.
+        stack_layers: Whether the parameters have stacked layers.
+
+    Returns:
+        One cache per layer, or a single one for stacked layers.
 
     Raises:
-        ValueError: If scales and dtype disagree, or a slot would not be an int32; of stacked layers those of
-            all layers are numbered together.
+        ValueError: If scales and dtype disagree, or the number of a slot exceeds int32, where the slots of
+            stacked layers are numbered together.
     """
 
     def layer(i: int, num_pages: int) -> PagedKVCache:
@@ -66,11 +69,11 @@ def check_cache_dtype(dtype: jax.typing.DTypeLike | None, params_dtype: jax.typi
     """The element type of a cache that goes with these parameters.
 
     Args:
-        dtype: What is asked for; None for that of the parameters.
-        params_dtype: That of the parameters.
+        dtype: The element type that is asked for; None for that of the parameters.
+        params_dtype: The element type of the parameters.
 
     Raises:
-        ValueError: If it is neither that of the parameters nor one of a quantised cache.
+        ValueError: If it is neither the parameters' own nor one of a quantised cache.
     """
     params_dtype = jnp.dtype(params_dtype)
     try:
@@ -86,7 +89,7 @@ def check_cache_dtype(dtype: jax.typing.DTypeLike | None, params_dtype: jax.typi
 
 
 def check_kv_scales(kv_scales: KVScales | None, config: DecoderConfig, cache_dtype: jnp.dtype) -> None:
-    """Check scales that were given for a cache; None where none were.
+    """Check the scales given for a cache; None passes.
 
     Args:
         kv_scales: Scales `[L, K]` of keys and values, with values that can be read.

@@ -10,13 +10,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 from jaxtyping import Array
 
 from jaxattn.models.config import DecoderConfig
-from jaxattn.models.stacked import stacked_leaf
 
 Params = dict[str, Any]
+"""A tree of arrays; see `abstract_params`."""
 
-
-# Of a leaf that is divided among the devices of a mesh: which of its axes.
 MODEL_AXIS = "model"
+"""The axis of a mesh along which parameters are divided."""
+
+# The axis along which a leaf is divided among the devices of a mesh; all others lie whole on each.
 _DIVIDED = {
     "q": 1,
     "k": 1,
@@ -45,7 +46,7 @@ def abstract_params(
 
     Args:
         config: The decoder.
-        dtype: Of every leaf.
+        dtype: The element type of every leaf.
         mesh: The devices. If it has an axis named "model", heads and the features of the MLP are divided
             along it, where it divides their number; all else is on every device. None for the first device
             alone.
@@ -82,11 +83,11 @@ def abstract_params(
     if not config.tie_embeddings:
         params["head"] = leaf(D, V)
     params = jax.tree.map_with_path(
-        lambda path, leaf: leaf.update(sharding=_sharding(path[-1].key, leaf.shape, mesh)), params
+        lambda path, leaf: leaf.update(sharding=_placed(path[-1].key, leaf.shape, mesh)), params
     )
     if stack_layers:
         first, *_ = params["layers"]
-        params["layers"] = jax.tree.map(lambda leaf: stacked_leaf(leaf, config.num_layers), first)
+        params["layers"] = jax.tree.map(lambda leaf: _stacked(leaf, config.num_layers), first)
     return params
 
 
@@ -99,7 +100,8 @@ def replicated(mesh: Mesh | None) -> Sharding:
     return NamedSharding(Mesh(mesh.devices, mesh.axis_names, axis_types=automatic), PartitionSpec())
 
 
-def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
+def _placed(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
+    """How a leaf of this name lies on a mesh: divided, where the devices divide its axis; else whole."""
     whole = replicated(mesh)
     axis = _DIVIDED.get(name)
     if axis is None or not isinstance(whole, NamedSharding) or MODEL_AXIS not in whole.mesh.axis_names:
@@ -107,6 +109,14 @@ def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
     if shape[axis] % whole.mesh.shape[MODEL_AXIS]:
         return whole
     return NamedSharding(whole.mesh, PartitionSpec(*[None] * axis, MODEL_AXIS))
+
+
+def _stacked(leaf: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
+    """The leaf of all layers, with their axis in front, placed as the leaf of one."""
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return jax.ShapeDtypeStruct((num_layers, *leaf.shape), leaf.dtype, sharding=sharding)
 
 
 def init_params(key: Array, config: DecoderConfig, dtype: jax.typing.DTypeLike = "float32") -> Params:

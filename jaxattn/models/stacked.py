@@ -14,14 +14,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxattn.cache.paged import PagedKVCache
 from jaxattn.metadata.spec import AttentionSpec
 from jaxattn.metadata.superset import AttentionMetadata
+from jaxattn.models.params import Params
 
-Params = dict[str, Any]
+type PackedKV = tuple[tuple[Array, Array], ...]
+"""Keys and values `[T, K, H]` of each layer."""
+
+type RunLayer = Callable[..., tuple[Array, Any]]
+"""Runs one layer: `(x, layer, metadata, cache, spec) -> (x, written)`."""
+
+type Carry = tuple[Array, PagedKVCache | None]
+"""What goes from layer to layer: hidden states `[T, D]`, and the cache of all layers."""
 
 
 def is_stacked(params: Params) -> bool:
@@ -50,57 +57,73 @@ def _layer_of(stacked: Params, i: int | Array) -> Params:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), stacked)
 
 
-def stacked_leaf(leaf: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
-    """A leaf of all layers, placed as that of one."""
-    sharding = leaf.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    return jax.ShapeDtypeStruct((num_layers, *leaf.shape), leaf.dtype, sharding=sharding)
-
-
 def scan_layers(
     layers: Params,
     x: Float[Array, "T D"],
     metadata: AttentionMetadata,
     cache: PagedKVCache | None,
     specs: tuple[AttentionSpec, ...],
-    run: Callable[..., tuple[Array, Any]],
-) -> tuple[Float[Array, "T D"], PagedKVCache | tuple[tuple[Array, Array], ...]]:
-    """Run stacked layers in a loop; each round runs them until their specs repeat.
+    run: RunLayer,
+) -> tuple[Float[Array, "T D"], PagedKVCache | PackedKV]:
+    """Run stacked layers in a loop.
 
-    The cache is carried, and written where it lies: a layer takes its part of the pages by their numbers.
+    Each round of the loop runs as many layers as it takes until their specs repeat, say a layer with a window
+    and one without; layers that fill no round follow after the loop. The cache is carried through it, and
+    written where it lies.
+
+    Args:
+        layers: Stacked leaves, `[L, …]` each.
+        x: Hidden states.
+        metadata: The metadata of the step, for all specs.
+        cache: The cache of all layers; None to attend among the packed tokens alone.
+        specs: The attention of each layer.
+        run: Runs one layer: `(x, layer, metadata, cache, spec) -> (x, written)`.
+
+    Returns:
+        Hidden states, and the cache with this step's keys; without a cache, keys and values of each layer.
     """
-    L = len(specs)
-    period = next(p for p in range(1, L + 1) if specs[p:] == specs[: L - p])
+    L, period = len(specs), _period(specs)
+    num_rounds = L // period
     pages_per_layer = 0 if cache is None else cache.k_pages.shape[0] // L
 
-    def step(carry: tuple, i: int | Array, spec: AttentionSpec) -> tuple[tuple, Any]:
+    def run_layer(carry: Carry, i: int | Array, spec: AttentionSpec) -> tuple[Carry, Any]:
         x, cache = carry
         layer = _layer_of(layers, i)
         if cache is None:
             x, packed = run(x, layer, metadata, None, spec)
             return (x, None), packed
+        # A layer finds its part of the pages by their numbers.
         x, written = run(x, layer, metadata.at_page(i * pages_per_layer), _scales_of(cache, i), spec)
         return (x, dataclasses.replace(written, k_scale=cache.k_scale, v_scale=cache.v_scale)), None
 
-    def take_round(carry: tuple, first: Array) -> tuple[tuple, list]:
+    def run_round(carry: Carry, first: Array) -> tuple[Carry, list]:
         packed = []
         for j in range(period):
-            carry, of_layer = step(carry, first + j, specs[j])
+            carry, of_layer = run_layer(carry, first + j, specs[j])
             packed.append(of_layer)
         return carry, packed
 
-    whole = L // period * period
-    carry, packed = lax.scan(take_round, (x, cache), jnp.arange(0, whole, period, dtype=jnp.int32))
+    firsts = jnp.arange(0, num_rounds * period, period, dtype=jnp.int32)
+    carry, packed_rounds = lax.scan(run_round, (x, cache), firsts)
     rest = []
-    for i in range(whole, L):
-        carry, of_layer = step(carry, i, specs[i])
+    for i in range(num_rounds * period, L):
+        carry, of_layer = run_layer(carry, i, specs[i])
         rest.append(of_layer)
     x, cache = carry
-    if cache is not None:
-        return x, cache
-    in_order = [jax.tree.map(lambda a, r=r: a[r], pair) for r in range(whole // period) for pair in packed]
-    return x, (*in_order, *rest)
+    return x, (*_in_order(packed_rounds, num_rounds), *rest) if cache is None else cache
+
+
+def _period(specs: tuple[AttentionSpec, ...]) -> int:
+    """The smallest number of layers after which the specs repeat, as far as there are layers."""
+    L = len(specs)
+    return next(period for period in range(1, L + 1) if specs[period:] == specs[: L - period])
+
+
+def _in_order(packed_rounds: list, num_rounds: int) -> PackedKV:
+    """Keys and values layer by layer, from those of each layer of a round, with the rounds in front."""
+    return tuple(
+        jax.tree.map(lambda leaf, r=r: leaf[r], pair) for r in range(num_rounds) for pair in packed_rounds
+    )
 
 
 def _scales_of(cache: PagedKVCache, i: int | Array) -> PagedKVCache:

@@ -24,181 +24,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, no_type_check
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32
 
-from jaxattn.batch.bucket import Bucket, Buckets
-from jaxattn.batch.nest import DEFAULT_GRID, nest_sequences
 from jaxattn.batch.numbers import positive_int
-from jaxattn.batch.ragged import INT32_MAX, RaggedBatch
-from jaxattn.batch.trace import BatchLog
+from jaxattn.batch.ragged import INT32_MAX
 from jaxattn.cache.pool import PagePool
 from jaxattn.cache.prefix import PrefixCache, PrefixNode
+from jaxattn.models.sampling import GREEDY, Sampling
+from jaxattn.serving.records import Finished, Request, ScheduledStep, SchedulerStats
 
 
-@no_type_check  # checking the shapes of each instance takes longer in tests than all else
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ScheduledStep:
-    """The work of one step: what `nest_sequences` takes, row by row, decoding rows first.
-
-    Attributes:
-        number: Of the step, counted from 0.
-        request_ids: The request of each row.
-        token_ids: Query tokens, row after row.
-        q_lens: Query tokens per row.
-        context_lens: Tokens of each row that the cache holds already.
-        page_tables: Physical pages, row after row, in logical order.
-        page_counts: Pages per row.
-        is_decode: Whether a row appends to a request whose last token was chosen in an earlier step
-            and all others computed; False for prompts, their chunks and recomputation.
-        samples: Whether a row reaches the end of its known tokens: its last logits give a new one.
-        state_slots: A number below `max_seqs` that a request keeps while it runs.
-        page_size: Tokens per page.
-        num_pages: Pages of the cache.
-    """
-
-    number: int
-    request_ids: tuple[int, ...]
-    token_ids: Int32[np.ndarray, " tokens"]
-    q_lens: Int32[np.ndarray, " rows"]
-    context_lens: Int32[np.ndarray, " rows"]
-    page_tables: Int32[np.ndarray, " pages"]
-    page_counts: Int32[np.ndarray, " rows"]
-    is_decode: Bool[np.ndarray, " rows"]
-    samples: Bool[np.ndarray, " rows"]
-    state_slots: Int32[np.ndarray, " rows"]
-    page_size: int
-    num_pages: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the step."""
-        return len(self.request_ids)
-
-    def nest(
-        self,
-        *,
-        bucket: Bucket | Buckets = DEFAULT_GRID,
-        vocab_size: int | None = None,
-        validate: bool = True,
-        transfer: bool = True,
-        log: BatchLog | None = None,
-    ) -> RaggedBatch:
-        """The batch of this step.
-
-        Args:
-            bucket: As of `nest_sequences`, like all other arguments.
-            vocab_size: Number of token ids, to check the tokens against.
-            validate: Whether to check values.
-            transfer: Whether to move the batch to the device.
-            log: Where to write its sizes.
-
-        Raises:
-            ValueError: If the batch does not fit the bucket, or a token the vocabulary.
-        """
-        return nest_sequences(
-            self.token_ids,
-            q_lens=self.q_lens,
-            context_lens=self.context_lens,
-            page_tables=self.page_tables,
-            page_counts=self.page_counts,
-            page_size=self.page_size,
-            num_pages=self.num_pages,
-            vocab_size=vocab_size,
-            is_decode=self.is_decode,
-            state_slots=self.state_slots,
-            share_prefixes=True,
-            bucket=bucket,
-            validate=validate,
-            transfer=transfer,
-            log=log,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A request that is done.
-
-    Attributes:
-        request_id: As `Scheduler.add` returned it.
-        token_ids: All its new tokens; a stop token is the last of them.
-        reason: "stop" for a stop token, "length" for `max_new_tokens`.
-    """
-
-    request_id: int
-    token_ids: list[int]
-    reason: Literal["stop", "length"]
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """What a scheduler has done so far.
-
-    Attributes:
-        num_steps: Steps scheduled.
-        num_query_tokens: Tokens computed, recomputed ones included.
-        num_shared_tokens: Tokens that were found computed at admission.
-        num_preemptions: Requests put back into the queue.
-        num_evictions: Retained pages given up.
-    """
-
-    num_steps: int = 0
-    num_query_tokens: int = 0
-    num_shared_tokens: int = 0
-    num_preemptions: int = 0
-    num_evictions: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """A request that waits or runs.
-
-    Attributes:
-        id: Its number; a smaller one is older.
-        token_ids: Room for the prompt and all new tokens; known are the first `num_known`.
-        prompt_len: Tokens of the prompt.
-        stop_token_ids: Tokens that end it.
-        num_known: Tokens of the prompt and new ones so far.
-        num_computed: Tokens whose keys are in the cache.
-        pages: Room for its page table; held are the first `num_pages`.
-        num_pages: Pages it holds.
-        chain: Its first pages as nodes of the prefix cache; the others are its own.
-        is_decode: Whether only its newest token is not computed, and was chosen since admission.
-        slot: Its state slot; -1 while it waits.
-    """
-
-    id: int
-    token_ids: np.ndarray
-    prompt_len: int
-    stop_token_ids: frozenset[int]
-    num_known: int
-    pages: np.ndarray
-    num_computed: int = 0
-    num_pages: int = 0
-    chain: list[PrefixNode] = field(default_factory=list)
-    is_decode: bool = False
-    slot: int = -1
-
-    def new_tokens(self) -> list[int]:
-        return self.token_ids[self.prompt_len : self.num_known].tolist()
-
-
-class _Plan:
+class _StepPlan:
     """The rows of a step while it is being planned: how many tokens each request gets."""
 
     def __init__(self, token_budget: int) -> None:
         self.num_left = token_budget
-        self.chunks: dict[_Request, int] = {}
+        self.chunks: dict[Request, int] = {}
 
-    def add(self, request: _Request, num_tokens: int) -> None:
+    def add(self, request: Request, num_tokens: int) -> None:
         self.num_left -= num_tokens
         self.chunks[request] = num_tokens
 
-    def remove(self, request: _Request) -> None:
+    def remove(self, request: Request) -> None:
         self.num_left += self.chunks.pop(request, 0)
 
 
@@ -245,9 +95,9 @@ class Scheduler:
         self._share_prefixes = share_prefixes
         self._capacity = pool.num_free
         self._prefixes = PrefixCache(pool)
-        self._requests: dict[int, _Request] = {}
-        self._waiting: deque[_Request] = deque()  # oldest first
-        self._running: list[_Request] = []  # oldest first
+        self._requests: dict[int, Request] = {}
+        self._waiting: deque[Request] = deque()  # oldest first
+        self._running: list[Request] = []  # oldest first
         self._free_slots = list(range(self._max_running - 1, -1, -1))
         self._next_id = 0
         self._pending: ScheduledStep | None = None
@@ -288,13 +138,15 @@ class Scheduler:
         prompt: Sequence[Any] | np.ndarray,
         max_new_tokens: int,
         *,
+        sampling: Sampling = GREEDY,
         stop_token_ids: Collection[int] = (),
     ) -> int:
         """Put a request at the end of the queue.
 
         Args:
             prompt: Token ids.
-            max_new_tokens: Tokens to add to it.
+            max_new_tokens: The most tokens to add to it.
+            sampling: How they are chosen, for whoever runs the steps; the likeliest ones by default.
             stop_token_ids: The request ends with any of these.
 
         Returns:
@@ -321,10 +173,11 @@ class Scheduler:
             )
         token_ids = np.zeros(prompt_ids.size + int(max_new_tokens), np.int32)
         token_ids[: prompt_ids.size] = prompt_ids
-        request = _Request(
+        request = Request(
             id=self._next_id,
             token_ids=token_ids,
             prompt_len=prompt_ids.size,
+            sampling=sampling,
             stop_token_ids=frozenset(map(int, stop_token_ids)),
             num_known=prompt_ids.size,
             pages=np.zeros(num_pages, np.int32),
@@ -366,7 +219,7 @@ class Scheduler:
             raise RuntimeError(f"step {self._pending.number} has not been committed; call commit first")
         if not self.has_work:
             return None
-        plan = _Plan(self._token_budget)
+        plan = _StepPlan(self._token_budget)
         decoding = [request for request in self._running if request.is_decode]
         prefilling = [request for request in self._running if not request.is_decode]
         for request in (*decoding, *prefilling):
@@ -413,7 +266,7 @@ class Scheduler:
                 finished.append(Finished(request.id, request.new_tokens(), reason))
         return finished
 
-    def _plan_row(self, plan: _Plan, request: _Request) -> None:
+    def _plan_row(self, plan: _StepPlan, request: Request) -> None:
         """Give a running request tokens of this step, unless it was preempted meanwhile."""
         wanted = min(request.num_known - request.num_computed, self._max_chunk, plan.num_left)
         if request.slot < 0 or wanted == 0:
@@ -421,7 +274,7 @@ class Scheduler:
         if num_tokens := self._reserve(plan, request, wanted):
             plan.add(request, num_tokens)
 
-    def _reserve(self, plan: _Plan, request: _Request, wanted: int) -> int:
+    def _reserve(self, plan: _StepPlan, request: Request, wanted: int) -> int:
         """Get pages for the next tokens of a request, from younger ones if need be; how many fit."""
         while self._room(request) < wanted and self._running[-1] is not request:
             self._preempt(plan, self._running[-1])
@@ -436,18 +289,18 @@ class Scheduler:
             request.num_pages = end
         return num_tokens
 
-    def _room(self, request: _Request) -> int:
+    def _room(self, request: Request) -> int:
         """Tokens for which a request has pages or can get them without taking from others."""
         num_pages = request.num_pages + self.pool.num_free + self._prefixes.num_idle
         return num_pages * self.pool.page_size - request.num_computed
 
-    def _preempt(self, plan: _Plan, request: _Request) -> None:
+    def _preempt(self, plan: _StepPlan, request: Request) -> None:
         plan.remove(request)
         self._stop(request)
         self._waiting.appendleft(request)
         self.stats.num_preemptions += 1
 
-    def _admit(self, plan: _Plan) -> None:
+    def _admit(self, plan: _StepPlan) -> None:
         """Start waiting requests in order, each where pages for all its known tokens can be had."""
         while self._waiting and plan.num_left and len(self._running) < self._max_running:
             request = self._waiting[0]
@@ -459,13 +312,13 @@ class Scheduler:
             self._start(request, chain)
             self._plan_row(plan, request)
 
-    def _shareable(self, request: _Request) -> list[PrefixNode]:
+    def _shareable(self, request: Request) -> list[PrefixNode]:
         """Computed pages a request can begin with; one token at least is left, to have its logits."""
         if not self._share_prefixes:
             return []
         return self._prefixes.match(request.token_ids[: request.num_known - 1])
 
-    def _start(self, request: _Request, chain: list[PrefixNode]) -> None:
+    def _start(self, request: Request, chain: list[PrefixNode]) -> None:
         self._prefixes.acquire(chain)
         request.chain = chain
         request.num_pages = len(chain)
@@ -475,7 +328,7 @@ class Scheduler:
         self._running.append(request)
         self.stats.num_shared_tokens += request.num_computed
 
-    def _stop(self, request: _Request) -> None:
+    def _stop(self, request: Request) -> None:
         """Take everything from a running request but its tokens."""
         self.pool.free(request.pages[len(request.chain) : request.num_pages])
         self._prefixes.release(request.chain)
@@ -484,12 +337,12 @@ class Scheduler:
         request.chain, request.num_pages, request.num_computed = [], 0, 0
         request.is_decode, request.slot = False, -1
 
-    def _retire(self, request: _Request) -> None:
+    def _retire(self, request: Request) -> None:
         if request.slot >= 0:
             self._stop(request)
         del self._requests[request.id]
 
-    def _register(self, request: _Request) -> None:
+    def _register(self, request: Request) -> None:
         """Make the whole pages that a request has computed known to the prefix cache."""
         page_size, first = self.pool.page_size, len(request.chain)
         end = request.num_computed // page_size
@@ -498,7 +351,7 @@ class Scheduler:
             own = request.pages[first:end]
             request.pages[first:end] = self._prefixes.extend(request.chain, token_ids, own)
 
-    def _append(self, request: _Request, token_id: int) -> Literal["stop", "length"] | None:
+    def _append(self, request: Request, token_id: int) -> Literal["stop", "length"] | None:
         """Add a new token to a request; why it ends, if it does."""
         request.token_ids[request.num_known] = token_id
         request.num_known += 1
@@ -507,7 +360,7 @@ class Scheduler:
             return "stop"
         return "length" if request.num_known == request.token_ids.size else None
 
-    def _build(self, plan: _Plan) -> ScheduledStep:
+    def _build(self, plan: _StepPlan) -> ScheduledStep:
         rows = plan.chunks.items()
         ends = [request.num_computed + n for request, n in rows]
 
@@ -524,6 +377,7 @@ class Scheduler:
             page_counts=per_row([request.num_pages for request, _ in rows]),
             is_decode=np.array([request.is_decode for request, _ in rows], bool),
             samples=np.array([e == r.num_known for e, (r, _) in zip(ends, rows, strict=True)], bool),
+            sampling=tuple(request.sampling for request, _ in rows),
             state_slots=per_row([request.slot for request, _ in rows]),
             page_size=self.pool.page_size,
             num_pages=self.pool.num_pages,
@@ -532,7 +386,7 @@ class Scheduler:
         self.stats.num_query_tokens += step.token_ids.size
         return step
 
-    def _get(self, request_id: int) -> _Request:
+    def _get(self, request_id: int) -> Request:
         if request_id not in self._requests:
             raise ValueError(
                 f"request_id={request_id!r} neither waits nor runs; finished requests are those that commit "

@@ -14,6 +14,7 @@ from jaxattn.batch.bucket import Buckets
 from jaxattn.batch.nest import DEFAULT_GRID, nest_sequences
 from jaxattn.batch.ragged import RaggedBatch
 from jaxattn.cache.quantization import QUANTIZED_DTYPES, is_quantized
+from jaxattn.compiling.context import neutral_context
 from jaxattn.models import Model, check_cache_dtype, check_kv_scales
 from jaxattn_kernels.arrays import KVScales
 
@@ -90,6 +91,7 @@ def calibrate_kv_scales(
     return kv_scales
 
 
+@neutral_context()
 def _larger_scales(a: KVScales, b: KVScales) -> KVScales:
     return KVScales(jnp.maximum(a.k, b.k), jnp.maximum(a.v, b.v))
 

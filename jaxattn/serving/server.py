@@ -16,12 +16,11 @@ from jaxattn.cache.quantization import is_quantized
 from jaxattn.models import Model, Sampling, check_cache_dtype, check_kv_scales
 from jaxattn.models.options import Limits, OnTokens, StopTokens, options_per_prompt
 from jaxattn.models.sampling import GREEDY, SamplingArrays
-from jaxattn.serving.scheduler import Finished, ScheduledStep, Scheduler
+from jaxattn.serving.records import Finished, ScheduledStep
+from jaxattn.serving.scheduler import Scheduler
 from jaxattn.serving.score import calibrate_kv_scales
+from jaxattn.serving.sizes import MAX_SEQS, largest_step
 from jaxattn_kernels.arrays import KVScales
-
-MAX_SEQS = 32
-"""Requests that run at a time where nothing else is asked for."""
 
 
 class Server:
@@ -85,7 +84,6 @@ class Server:
         self._grid.pick(tokens=largest.tokens, seqs=largest.seqs, pages=largest.pages)
         self._model = model
         self._log = log
-        self._sampling: dict[int, Sampling] = {}
         cache_dtype = check_cache_dtype(cache_dtype, model.compiled.dtype)
         check_kv_scales(kv_scales, model.config, cache_dtype)
         if kv_scales is None and is_quantized(cache_dtype):
@@ -126,9 +124,7 @@ class Server:
             ValueError: If an argument is out of range, or the tokens could not be held even by the
                 whole cache.
         """
-        request_id = self.scheduler.add(prompt, max_new_tokens, stop_token_ids=stop_token_ids)
-        self._sampling[request_id] = sampling
-        return request_id
+        return self.scheduler.add(prompt, max_new_tokens, sampling=sampling, stop_token_ids=stop_token_ids)
 
     def cancel(self, request_id: int) -> list[int]:
         """Retire a request now.
@@ -142,9 +138,7 @@ class Server:
         Raises:
             ValueError: If the request is unknown, cancelled or finished.
         """
-        token_ids = self.scheduler.cancel(request_id)
-        del self._sampling[request_id]
-        return token_ids
+        return self.scheduler.cancel(request_id)
 
     def step(self, on_tokens: OnTokens | None = None) -> list[Finished]:
         """Run one step.
@@ -160,20 +154,14 @@ class Server:
         if scheduled is None:
             return []
         batch = scheduled.nest(bucket=self._bucket(scheduled), transfer=False, log=self._log)
-        rows = list(zip(scheduled.request_ids, scheduled.samples.tolist(), strict=True))
-        sampling = [self._sampling[request_id] if samples else GREEDY for request_id, samples in rows]
         token_ids, self._cache = self._program(batch.bucket)(
-            self._model.params,
-            self._cache,
-            batch,
-            SamplingArrays.of(sampling, batch.bucket.seqs, self._model.config.vocab_size),
+            self._model.params, self._cache, batch, self._sampling_arrays(scheduled, batch.bucket)
         )
         new_ids = np.asarray(token_ids)[: scheduled.num_rows]
         finished = self.scheduler.commit(scheduled, new_ids)
-        for done in finished:
-            del self._sampling[done.request_id]
         if on_tokens is not None:
-            for (request_id, samples), token_id in zip(rows, new_ids.tolist(), strict=True):
+            rows = zip(scheduled.request_ids, scheduled.samples.tolist(), new_ids.tolist(), strict=True)
+            for request_id, samples, token_id in rows:
                 if samples:
                     on_tokens(request_id, [token_id])
         return finished
@@ -200,20 +188,17 @@ class Server:
             max_q_len=int(scheduled.q_lens.max()),
         )
 
+    def _sampling_arrays(self, scheduled: ScheduledStep, bucket: Bucket) -> SamplingArrays:
+        """How each row chooses; rows whose token is not used draw nothing."""
+        rows = zip(scheduled.sampling, scheduled.samples.tolist(), strict=True)
+        wanted = [sampling if samples else GREEDY for sampling, samples in rows]
+        return SamplingArrays.of(wanted, bucket.seqs, self._model.config.vocab_size)
+
     def _program(self, bucket: Bucket) -> Callable:
         """The step's program; kept here as well, since to ask for it takes as long as a small step."""
         if bucket not in self._programs:
             self._programs[bucket] = self._model.compiled.choose_tokens(bucket, **self._compile_options)
         return self._programs[bucket]
-
-
-def largest_step(
-    *, num_pages: int, token_budget: int = 256, max_seqs: int = MAX_SEQS, share_prefixes: bool = True
-) -> Bucket:
-    """The bucket that holds every step that a `Server` with these arguments can take: limits of a plan."""
-    num_seqs = min(max_seqs, token_budget)
-    # A shared page is listed once per row.
-    return Bucket(token_budget, num_seqs, num_pages * (num_seqs if share_prefixes else 1))
 
 
 def serve(

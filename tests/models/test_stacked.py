@@ -21,8 +21,7 @@ from jaxattn.batch.ragged import PAD_SLOT
 from jaxattn.checkpoints import abstract_params, load_model, load_params, save_params
 from jaxattn.models import Model, forward, init_model_cache, init_params, stack_layers, unstack_layers
 from jaxattn.models.steps import score
-from jaxattn.serving.generate import calibrate_kv_scales
-from jaxattn.serving.server import serve
+from jaxattn.serving import calibrate_kv_scales, serve
 
 LOCAL, GLOBAL = RopeConfig(theta=20.0), RopeConfig(theta=500.0)
 CONFIG = DecoderConfig(

@@ -340,7 +340,7 @@ class TestQuantisedCache:
                 k, v = (fake_quantise(x, s, dtype) for x, s in zip((k, v), next(layers), strict=True))
                 return write_cache(cache, k, v, slot_mapping)
 
-            monkeypatch.setattr("jaxattn.attention.layer.write_cache", write)
+            monkeypatch.setattr(sys.modules["jaxattn.attention.layer"], "write_cache", write)
             return Model.from_params(model.config, model.params)
 
         return model_that_rounds

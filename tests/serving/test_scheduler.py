@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxattn import Bucket, PagePool
 from jaxattn.cache.prefix import PrefixCache
-from jaxattn.serving.scheduler import Finished, ScheduledStep, Scheduler
+from jaxattn.serving import Finished, ScheduledStep, Scheduler
 
 VOCAB = 3  # small: texts coincide often
 BUCKET = Bucket(tokens=32, seqs=8, pages=512)

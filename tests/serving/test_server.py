@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxattn import BucketGrid, DecoderConfig, Model, Sampling, generate
+from jaxattn import BucketGrid, DecoderConfig, Model, Sampling, Server, generate, serve
 from jaxattn.models import init_params
 from jaxattn.serving import calibrate_kv_scales
-from jaxattn.serving.server import Server, serve
 from jaxattn_kernels.arrays import KVScales
 
 CONFIG = DecoderConfig(
@@ -137,7 +136,6 @@ def test_draws_depend_on_the_seed_alone(model, tokens, limits):
         ends = [j + 1 for j, token in enumerate(wanted) if token in stop] or [NEW]
         assert results[i] == wanted[: ends[0]]
     assert (server.scheduler.stats.num_preemptions > 0) == (limits["max_seqs"] > 1)
-    assert not server._sampling
 
 
 def test_a_callback_may_add_and_cancel(model, tokens):
@@ -156,7 +154,20 @@ def test_a_callback_may_add_and_cancel(model, tokens):
     assert cancelled == tokens[1][:4]
     with pytest.raises(ValueError, match="neither waits nor runs"):
         server.cancel(second)
-    assert not server._sampling
+
+
+def test_requests_may_be_added_to_the_scheduler(model, tokens):
+    """A request carries what it samples with: whoever adds or cancels it, nothing else is kept of it."""
+    server = Server(model, token_budget=32, max_seqs=8, **OPTIONS)
+    first = server.scheduler.add(PROMPTS[0], NEW)
+    drawn = server.scheduler.add(PROMPTS[2], NEW, sampling=SAMPLING[2])
+    cancelled = server.add(PROMPTS[1], NEW, sampling=SAMPLING[0])
+    finished = server.step()
+    assert server.scheduler.cancel(cancelled)[:1] != []
+    results = {done.request_id: done.token_ids for done in finished} | server.run()
+    expected = generate(model, [PROMPTS[2]], NEW, sampling=[SAMPLING[2]], implementation="xla")
+    assert results == {first: tokens[0], drawn: expected[0]}
+    assert server.add(PROMPTS[0], NEW, sampling=SAMPLING[0]) == cancelled + 1
 
 
 # The last bits of `reference` depend on the bucket, and with them how some keys are rounded.
