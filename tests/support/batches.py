@@ -20,7 +20,7 @@ import jax.experimental.pallas.fuser  # else loaded by the first interpreted ker
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from effort import EXAMPLES, THOROUGH
+from effort import EXAMPLES, PARTS, THOROUGH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Problem, attend_dense
@@ -326,8 +326,11 @@ def law(
         test.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
         )
-        sizes = [EXAMPLES, pytest.param(THOROUGH, marks=pytest.mark.slow)]
-        test = pytest.mark.parametrize("max_examples", sizes, ids=lambda n: f"{n} examples")(test)
+        sizes = [pytest.param(EXAMPLES, id=f"{EXAMPLES} examples")]
+        for part in range(1, PARTS + 1):
+            name = f"{THOROUGH} examples, part {part} of {PARTS}"
+            sizes.append(pytest.param(THOROUGH // PARTS, id=name, marks=pytest.mark.slow))
+        test = pytest.mark.parametrize("max_examples", sizes)(test)
         if takes:
             test = pytest.mark.parametrize("implementation", implementations)(test)
         return test

@@ -26,7 +26,9 @@ import pytest
 EXAMPLES = int(os.environ.get("JAXATTN_EXAMPLES", "20"))
 THOROUGH = 5000
 """Examples of the tests marked `slow`."""
-SHARDS = 31
+PARTS = 10
+"""Tests among which the thorough examples of a law are divided: in shards, none should take long alone."""
+SHARDS = 61
 """Parts of the thorough run. A prime: landings of several commits each still come to all parts."""
 TESTS = Path(__file__).parents[1]
 INTERPRETED_WITH = ("kernels", "laws", "compile")
