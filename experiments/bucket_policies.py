@@ -13,10 +13,10 @@ request's new tokens are makes no difference to the sizes of batches.
 - *log-uniform*: independent sizes without pages, as if nothing were known of the scale.
 
 Plans are made from the first half of a trace and judged on the second, with the default `LinearCost`, and
-with a headroom of a quarter or none. They are cut along tokens, as `plan_buckets` does, and once, with
-headroom, along tokens and pages (`nested_cuts.py`). Fixed grids are chosen with the whole trace at hand,
-generously (`grid_curve`), so that they never meet a size that they have no program for. No time on a device
-and no compile time is measured here: the cost is a model. What is measured is how long planning takes.
+with a headroom of a quarter or none. They are those of `plan_buckets`, from one line of batches, and once,
+with headroom, cut along tokens and pages (`nested_cuts.py`). Fixed grids are chosen with the whole trace at
+hand, generously (`grid_curve`), so that they never meet a size that they have no program for. No time on a
+device and no compile time is measured here: the cost is a model. What is measured is how long planning takes.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def time_planner(name: str, trace: Trace, config: Config) -> Iterator[Row]:
     sizes[is_long, 0] += rng.integers(0, 64, int(is_long.sum()))
     many = Trace(sizes)
     searches = {
-        "tokens": plan_curve,
+        "one line": plan_curve,
         "tokens and pages": functools.partial(plan_curve_with_pages, candidates=config.candidates),
     }
     for programs, search in itertools.product(config.timed_programs, searches):

@@ -1,8 +1,8 @@
 """Plans along both axes, tokens and pages: the search that `plan_buckets` does not make.
 
-A plan of `jaxattn.planning` has one bucket for each number of tokens, with the most pages that any batch of
-as many needs. Here tokens are cut into intervals, and the pages of each interval once more. The result is
-exact among such nested cuts. Where there are more distinct sizes than `candidates`, they are first rounded up
+The buckets of a plan of `jaxattn.planning` hold each other: one with more tokens has no fewer pages. Here
+tokens are cut into intervals, and the pages of each interval once more. The result is exact among such nested
+cuts. Where there are more distinct sizes than `candidates`, they are first rounded up
 to that many, those that would be chosen along this axis alone. `bucket_policies.py` compares the two.
 """
 
