@@ -30,7 +30,7 @@ from jaxattn.batch.bucket import Bucket
 
 
 class BatchSizes(NamedTuple):
-    """The sizes of one batch, as of `Bucket`.
+    """The sizes of one batch.
 
     Attributes:
         tokens: Query tokens.

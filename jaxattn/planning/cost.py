@@ -34,10 +34,10 @@ class LinearCost:
     `fit_cost` replaces them by what a model takes on a machine.
 
     Attributes:
-        per_step: Of any step.
-        per_long_step: Of a step besides, whose bucket holds queries of more than one token.
-        per_token: Of each query token of the bucket.
-        per_page: Of each entry of its page list.
+        per_step: The cost of any step.
+        per_long_step: What is added where the bucket holds queries of more than one token.
+        per_token: The cost of each query token of the bucket.
+        per_page: The cost of each entry of its page list.
 
     Raises:
         ValueError: If a number is negative or not finite.
@@ -71,10 +71,10 @@ DEFAULT_COST = LinearCost()
 
 
 def fit_cost(buckets: Sequence[Bucket], seconds: Sequence[float] | np.ndarray) -> LinearCost:
-    """The linear cost that is nearest to measured times, in the sense of least squares of relative errors.
+    """The linear cost that is nearest to measured times: the least squares of relative errors.
 
-    No number of it is negative: a larger bucket never costs less. What the buckets do not tell apart, for
-    instance pages where all have as many, is not seen.
+    None of its numbers is negative: a larger bucket never costs less. What the buckets do not tell apart,
+    such as pages where all have as many, is not seen.
 
     Args:
         buckets: The buckets.

@@ -64,9 +64,9 @@ class Tokenizer:
         """The text of token ids, without special tokens.
 
         Args:
-            token_ids: Of one sequence, such as `generate` returns.
-            after: Those before them, such as the prompt's: at the beginning of a text, some tokenizers drop
-                a space.
+            token_ids: The tokens of one sequence, such as `generate` returns.
+            after: The tokens before them, such as the prompt's: at the beginning of a text, some tokenizers
+                drop a space.
         """
         if not after:
             return self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -78,7 +78,7 @@ class Tokenizer:
         """Decodes the tokens of one sequence as they come.
 
         Args:
-            after: As of `decode`.
+            after: The tokens before those that come, such as the prompt's.
         """
         return TextStream(self, after)
 
@@ -136,7 +136,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
     Args:
-        path: A `tokenizer.json`; or a checkpoint, as of `load_model`, with one in its folder or in the
+        path: A `tokenizer.json`; or a checkpoint that `load_model` reads, with one in its folder or in the
             folder above.
 
     Raises:
@@ -190,7 +190,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no JSON object")
-    # Of a model with images, where the decoder's values may stand on their own.
+    # A model with images may keep the decoder's values on their own.
     text = config.get("text_config")
     return {**(text if isinstance(text, dict) else {}), **config}
 

@@ -18,7 +18,7 @@ def plot_tradeoff(curves: Mapping[str, Sequence[float]], *, title: str = "") -> 
 
     Args:
         curves: By name, the cost for 1, 2, … programs over the cost without padding; the plan comes first.
-        title: Of the figure.
+        title: The title of the figure.
 
     Returns:
         The figure.
@@ -36,8 +36,8 @@ def draw_tradeoff(axes: Axes, curves: Mapping[str, Sequence[float]]) -> None:
     """Draw the lines of `plot_tradeoff` into axes.
 
     Args:
-        axes: Where to.
-        curves: As of `plot_tradeoff`.
+        axes: The axes.
+        curves: By name, the cost for 1, 2, … programs over the cost without padding; the plan comes first.
     """
     for i, (name, ratios) in enumerate(curves.items()):
         counts = range(1, len(ratios) + 1)

@@ -99,7 +99,7 @@ def plot_pages(batch: RaggedBatch, *, num_pages: int | None = None) -> Figure:
 
 
 def _draw(ax: Axes, pages: PageMap, together: int, columns: int, rows: int) -> None:
-    # Cells of a last group that is not full count as free pages.
+    # A last group that is not full is filled up with free pages.
     padding = -len(pages.owner) % together
     owner, holders, keys = (
         np.pad(x, (0, padding), constant_values=fill).reshape(-1, together)
