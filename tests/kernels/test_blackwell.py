@@ -215,7 +215,7 @@ def test_the_compute_capability_chooses_the_kernel():
         capability: mosaic._kernel(capability).__name__.rpartition(".")[2]
         for capability in (None, "9.0", "10.0", "10.3")
     }
-    assert names == {None: "mosaic", "9.0": "mosaic", "10.0": "blackwell", "10.3": "blackwell"}
+    assert names == {None: "hopper", "9.0": "hopper", "10.0": "blackwell", "10.3": "blackwell"}
     assert mosaic.obstacle(spec, "bfloat16", "bfloat16", 96, capability="9.0")
     assert "not 8.0" in str(mosaic.obstacle(spec, "bfloat16", "bfloat16", 16, capability="8.0"))
     assert [mosaic.serves(x) for x in (None, "8.0", "9.0", "10.3", "12.0")] == [
