@@ -39,8 +39,8 @@ class CompiledSteps:
 
     Attributes:
         config: The decoder.
-        dtype: Of the parameters, and of a cache for which no other is asked.
-        mesh: The devices, as of `abstract_params`; what is no parameter is on each of them.
+        dtype: The element type of the parameters, and of a cache for which no other is asked.
+        mesh: The devices, divided as `abstract_params` says; what is no parameter is on each of them.
         cache_dir: Folder of JAX's persistent compilation cache for these programs; None leaves it as JAX is
             configured.
         stack_layers: Whether the parameters have stacked layers.
@@ -269,10 +269,10 @@ class Model:
             num_pages: Physical pages.
             page_size: Tokens per page.
             cache_dtype: Element type; None for that of the parameters.
-            kv_scales: Of a quantised cache, and of no other, its scales `[L, K]`.
+            kv_scales: The scales `[L, K]` of a quantised cache; None for any other.
 
         Raises:
-            ValueError: As of `init_model_cache`.
+            ValueError: If no cache can have this dtype, or the number of a slot exceeds int32.
         """
         program = self.compiled.empty_cache(num_pages=num_pages, page_size=page_size, cache_dtype=cache_dtype)
         return program(jax.tree.map(lambda scale: np.asarray(scale, np.float32), kv_scales))

@@ -72,7 +72,7 @@ def forward(
         token_ids: Packed query tokens.
         metadata: Prepared for `config.layer_specs()`; shared by all layers.
         cache: The paged cache, or None to attend among the packed tokens alone.
-        implementation: Of the attention.
+        implementation: The implementation of attention.
 
     Returns:
         Final hidden states, after the last norm, and the cache with this step's keys written; without a

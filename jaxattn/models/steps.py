@@ -166,7 +166,7 @@ def prefill(
         decode_seqs: Rows of the steps to come.
         max_new_tokens: Room for new tokens.
         greedy: Whether no row draws.
-        implementation: Of the attention.
+        implementation: The implementation of attention.
 
     Returns:
         The state in which `decode` goes on, and the cache.
@@ -205,7 +205,7 @@ def decode(
         num_steps: The loop comes back after this many tokens per row, and can be called again.
         config: The decoder.
         greedy: Whether no row draws.
-        implementation: Of the attention.
+        implementation: The implementation of attention.
 
     Returns:
         The state, and the cache.

@@ -75,7 +75,7 @@ def warmup(
         num_pages: Pages of the server's cache; needed for buckets.
         page_size: Tokens per page, as of `Server`.
         cache_dtype: Element type of the cache, as of `Server`.
-        implementation: Of the attention, as of `Server`.
+        implementation: The implementation of attention, as of `Server`.
         progress: Whether to show a bar, if the standard error is a terminal.
 
     Raises:
@@ -127,7 +127,7 @@ def measure_steps(
         buckets: The buckets; of several sizes in tokens and pages, with decode buckets among them.
         num_pages: Pages of the cache.
         page_size: Tokens per page.
-        implementation: Of the attention.
+        implementation: The implementation of attention.
         repeats: Turns.
 
     Raises:

@@ -31,7 +31,7 @@ def compute_logits(
     Args:
         model: The model.
         prompts: Token ids, one list or 1-D integer array per prompt.
-        implementation: Of the attention; see `jaxattn.attention`.
+        implementation: The implementation of attention; see `jaxattn.attention`.
         grid: The buckets to choose from.
 
     Returns:
@@ -63,7 +63,7 @@ def calibrate_kv_scales(
         model: The model.
         prompts: Token ids, one list or 1-D integer array per prompt; in as many batches as the grid needs.
         cache_dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
-        implementation: Of the attention; see `jaxattn.attention`.
+        implementation: The implementation of attention; see `jaxattn.attention`.
         grid: The buckets to choose from.
 
     Returns:

@@ -37,16 +37,18 @@ class Server:
         max_seqs: Most requests that run at a time.
         max_chunk: Most tokens of one prompt per step; None for no other limit than the budget.
         share_prefixes: Whether requests share the pages of common prefixes.
-        cache_dtype: Element type of the cache, as of `generate`.
-        kv_scales: Of a quantised cache, its scales, such as `calibrate_kv_scales` measures.
-        implementation: Of the attention; see `jaxattn.attention`.
+        cache_dtype: Element type of the cache: that of the parameters, which is the default, or a quantised
+            one, "int8", "float8_e4m3fn" or "float8_e5m2".
+        kv_scales: The scales `[L, K]` of a quantised cache, such as `calibrate_kv_scales` measures.
+        implementation: The implementation of attention; see `jaxattn.attention`.
         grid: The buckets to choose from, one program each: a grid, or a plan of `plan_buckets`; default
             powers of two up to the largest step there can be (`largest_step`). Programs compile when they are
             first needed, or before by `warmup`.
         log: Where to write the sizes of every step, for `plan_buckets`.
 
     Attributes:
-        scheduler: Which requests wait and run, and what was done so far.
+        scheduler: Which requests wait and run, and what was done so far. Requests may also be added and
+            cancelled there.
 
     Raises:
         ValueError: If a limit is not an integer of at least 1, the grid does not hold every step there can
@@ -170,7 +172,7 @@ class Server:
         """Run steps until no request is left.
 
         Args:
-            on_tokens: As of `step`.
+            on_tokens: Called at the end of each step, as by `step`.
 
         Returns:
             The new tokens of each request that finished meanwhile, by its number.
@@ -225,10 +227,10 @@ def serve(
         on_tokens: Called after every step with the number of each prompt that has a new token, and a list
             of this one token.
         cache_dtype: Element type of the cache, as of `generate`.
-        kv_scales: Of a quantised cache, its scales. By default those that `calibrate_kv_scales` measures on
-            these prompts.
-        implementation: Of the attention; see `jaxattn.attention`.
-        **options: Of `Server`; `num_pages` is required.
+        kv_scales: The scales `[L, K]` of a quantised cache. By default those that `calibrate_kv_scales`
+            measures on these prompts.
+        implementation: The implementation of attention; see `jaxattn.attention`.
+        **options: Other arguments of `Server`; `num_pages` is required.
 
     Returns:
         The new tokens of each prompt, in the order of the prompts.
