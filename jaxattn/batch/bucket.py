@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -147,7 +148,7 @@ class BucketGrid:
         # Every sequence has a token, so `seqs <= tokens` and the derived axis is wide enough.
         t = _round_up("tokens", max(tokens, seqs), self.tokens)
         p = _round_up("pages", pages, self.pages) if pages else 0
-        bucket = Bucket(tokens=t, seqs=min(t, self.max_seqs), pages=p)
+        bucket = _made_once(t, min(t, self.max_seqs), p)
         return bucket.decode() if max_q_len == 1 else bucket
 
     def _repr_html_(self) -> str:
@@ -253,6 +254,12 @@ def _bucket_from_json(sizes: Any) -> Bucket:
         if type(sizes[name]) is not int:
             raise ValueError(f"{name}={sizes[name]!r} must be an integer")
     return Bucket(**sizes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _made_once(tokens: int, seqs: int, pages: int) -> Bucket:
+    """A bucket of a grid; kept, since every step asks for one, and making one takes longer."""
+    return Bucket(tokens, seqs, pages)
 
 
 def _round_up(name: str, value: int, sizes: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ shapes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ from jaxattn.batch.checks import (
     check_tokens,
 )
 from jaxattn.batch.ragged import PAD_SLOT, RaggedBatch, field_slices
-from jaxattn.batch.rows import page_rows, per_sequence, row_numbers, rows_of
+from jaxattn.batch.rows import Rows, page_rows, per_sequence, row_numbers, rows_of
 from jaxattn.batch.trace import BatchLog
 
 DEFAULT_GRID = BucketGrid()
@@ -97,63 +97,148 @@ def nest_sequences(
             the message names the argument, the value and the remedy.
         TypeError: If token ids, lengths or pages are not integers, or phases no booleans.
     """
-    for name, value in (("page_size", page_size), ("num_pages", num_pages), ("vocab_size", vocab_size)):
+    _check_sizes(("page_size", page_size), ("num_pages", num_pages), ("vocab_size", vocab_size))
+    given = _read(
+        sequences,
+        q_lens,
+        context_lens,
+        page_tables,
+        page_counts,
+        page_size,
+        state_slots,
+        prefix_lm_lens,
+        is_decode,
+    )
+    if validate:
+        _check(given, num_pages, vocab_size, share_prefixes)
+    chosen = _pick(bucket, given)
+    packed = _fill(given, chosen, _decodes(given.is_decode, bucket, chosen))
+    buffer: Any = jnp.asarray(packed) if transfer else packed
+    if log is not None:
+        flat, lens, _, _, longest = given.tokens
+        log.write(
+            tokens=flat.size, seqs=lens.size, pages=given.pages.flat.size, max_q_len=longest, bucket=chosen
+        )
+    return RaggedBatch(packed=buffer, bucket=chosen, page_size=page_size)
+
+
+class _Given(NamedTuple):
+    """What was given for a batch of n sequences, as arrays of integers; None where nothing was."""
+
+    tokens: Rows  # token ids of each sequence
+    contexts: np.ndarray | None  # [n] tokens that the cache holds
+    kv_lens: np.ndarray  # [n] those and this step's
+    pages: Rows  # pages of each sequence; no row where keys are not paged
+    page_size: int | None
+    state_slots: np.ndarray | None  # [n]
+    prefix_lm_lens: np.ndarray | None  # [n]
+    is_decode: np.ndarray | None  # [n] bools
+
+
+_INTEGERS_OR_NONE = {int, type(None), np.int32, np.int64}
+
+
+def _check_sizes(*sizes: tuple[str, Any]) -> None:
+    """Whether named sizes are integers, or None where they were not given."""
+    for name, value in sizes:
         if type(value) not in _INTEGERS_OR_NONE:
             raise TypeError(f"{name}={value!r} must be an int, or None")
-    token_ids, lens, q_ends, shortest, longest = rows_of("sequences", sequences, "q_lens", q_lens)
-    n = lens.size
-    if shortest == 0:
-        i = int(lens.argmin())
+
+
+def _read(
+    sequences: Any,
+    q_lens: Any,
+    context_lens: Any,
+    page_tables: Any,
+    page_counts: Any,
+    page_size: int | None,
+    state_slots: Any,
+    prefix_lm_lens: Any,
+    is_decode: Any,
+) -> _Given:
+    """The arguments of `nest_sequences` as arrays, whose types and lengths are right."""
+    tokens = rows_of("sequences", sequences, "q_lens", q_lens)
+    n = tokens.lens.size
+    if tokens.shortest == 0:
+        i = int(tokens.lens.argmin())
         raise ValueError(f"sequences[{i}] has length 0; every sequence needs at least one token, drop it")
     contexts = None if context_lens is None else per_sequence("context_lens", context_lens, n)
-    kv_lens = lens if contexts is None else contexts + lens
-    pages, counts, page_ends, *_ = page_rows(page_tables, page_counts, page_size, contexts, n)
+    kv_lens = tokens.lens if contexts is None else contexts + tokens.lens
+    pages = page_rows(page_tables, page_counts, page_size, contexts, n)
     if state_slots is not None:
         state_slots = per_sequence("state_slots", state_slots, n)
     if prefix_lm_lens is not None:
         prefix_lm_lens = per_sequence("prefix_lm_lens", prefix_lm_lens, n)
-    if is_decode is not None and (is_decode := np.asarray(is_decode)).dtype != bool:
-        raise TypeError(f"is_decode has dtype {is_decode.dtype}; expected one bool per sequence")
-    if is_decode is not None and is_decode.shape != (n,):
-        raise ValueError(f"is_decode has shape {is_decode.shape} for {n} sequences")
-    if validate:
-        check_tokens(token_ids, lens, vocab_size)
-        check_kv_lens(lens, contexts, longest)
-        if page_size is not None:
-            check_coverage(kv_lens, counts, page_size)
-            check_pages(pages, counts, contexts, page_size, num_pages, share_prefixes)
-        if state_slots is not None:
-            check_state_slots(state_slots)
-        if prefix_lm_lens is not None:
-            check_prefix_lm_lens(prefix_lm_lens, lens, contexts)
+    if is_decode is not None:
+        is_decode = _phases(is_decode, n)
+    return _Given(tokens, contexts, kv_lens, pages, page_size, state_slots, prefix_lm_lens, is_decode)
 
-    decodes: Any = is_decode
-    if isinstance(bucket, BucketGrid):
-        bucket = bucket.pick(tokens=token_ids.size, seqs=n, pages=pages.size)
-    elif not isinstance(bucket, Bucket):
-        decodes = False if is_decode is None else is_decode
-        bucket = bucket.pick(tokens=token_ids.size, seqs=n, pages=pages.size, max_q_len=longest)
-    bucket.require(tokens=token_ids.size, seqs=n, pages=pages.size, max_q_len=longest)
 
+def _phases(is_decode: Any, n: int) -> np.ndarray:
+    found = np.asarray(is_decode)
+    if found.dtype != bool:
+        raise TypeError(f"is_decode has dtype {found.dtype}; expected one bool per sequence")
+    if found.shape != (n,):
+        raise ValueError(f"is_decode has shape {found.shape} for {n} sequences")
+    return found
+
+
+def _check(given: _Given, num_pages: int | None, vocab_size: int | None, share_prefixes: bool) -> None:
+    """Whether the values make sense."""
+    tokens, contexts, kv_lens, pages, page_size, state_slots, prefix_lm_lens, _ = given
+    check_tokens(tokens.flat, tokens.lens, vocab_size)
+    check_kv_lens(tokens.lens, contexts, tokens.longest)
+    if page_size is not None:
+        check_coverage(kv_lens, pages.lens, page_size)
+        check_pages(pages.flat, pages.lens, contexts, page_size, num_pages, share_prefixes)
+    if state_slots is not None:
+        check_state_slots(state_slots)
+    if prefix_lm_lens is not None:
+        check_prefix_lm_lens(prefix_lm_lens, tokens.lens, contexts)
+
+
+def _pick(asked: Bucket | Buckets, given: _Given) -> Bucket:
+    """A bucket that holds the batch. Of a grid it is one for queries of any length, never a decode bucket."""
+    flat, lens, _, _, longest = given.tokens
+    tokens, seqs, pages = flat.size, lens.size, given.pages.flat.size
+    if isinstance(asked, BucketGrid):
+        return asked.pick(tokens=tokens, seqs=seqs, pages=pages)
+    if isinstance(asked, Bucket):
+        asked.require(tokens=tokens, seqs=seqs, pages=pages, max_q_len=longest)
+        return asked
+    return asked.pick(tokens=tokens, seqs=seqs, pages=pages, max_q_len=longest)
+
+
+def _decodes(is_decode: np.ndarray | None, asked: Bucket | Buckets, chosen: Bucket) -> np.ndarray | bool:
+    """Which sequences decode: as it was said, or all in a bucket that was given for single tokens.
+
+    A plan chooses such a bucket by lengths, which tell nothing.
+    """
+    if is_decode is not None:
+        return is_decode
+    return isinstance(asked, (Bucket, BucketGrid)) and chosen.max_q_len == 1
+
+
+def _fill(given: _Given, bucket: Bucket, decodes: np.ndarray | bool) -> np.ndarray:
+    """The packed buffer of a bucket that holds what was given."""
+    token_ids, lens, q_ends, *_ = given.tokens
+    pages, n = given.pages, lens.size
     at = field_slices(bucket)
     packed = np.zeros(at["page_list"].stop, np.int32)  # the padding of most fields
     packed[0] = n
     packed[at["token_ids"]][: token_ids.size] = token_ids
     _write_prefix_sums(packed[at["cu_q_lens"]], q_ends)
-    packed[at["kv_lens"]][:n] = kv_lens
-    packed[at["is_decode"]][:n] = bucket.max_q_len == 1 if decodes is None else decodes
+    packed[at["kv_lens"]][:n] = given.kv_lens
+    packed[at["is_decode"]][:n] = decodes
     slots = packed[at["state_slots"]]
-    slots[:n] = row_numbers(n) if state_slots is None else state_slots
+    slots[:n] = row_numbers(n) if given.state_slots is None else given.state_slots
     slots[n:] = PAD_SLOT
-    if prefix_lm_lens is not None:
-        packed[at["prefix_lm_lens"]][:n] = prefix_lm_lens
-    if page_size is not None:
-        _write_prefix_sums(packed[at["page_indptr"]], page_ends)
-        packed[at["page_list"]][: pages.size] = pages
-    buffer: Any = jnp.asarray(packed) if transfer else packed
-    if log is not None:
-        log.write(tokens=token_ids.size, seqs=n, pages=pages.size, max_q_len=longest, bucket=bucket)
-    return RaggedBatch(packed=buffer, bucket=bucket, page_size=page_size)
+    if given.prefix_lm_lens is not None:
+        packed[at["prefix_lm_lens"]][:n] = given.prefix_lm_lens
+    if given.page_size is not None:
+        _write_prefix_sums(packed[at["page_indptr"]], pages.ends)
+        packed[at["page_list"]][: pages.flat.size] = pages.flat
+    return packed
 
 
 def _write_prefix_sums(out: np.ndarray, ends: np.ndarray) -> None:
@@ -162,6 +247,3 @@ def _write_prefix_sums(out: np.ndarray, ends: np.ndarray) -> None:
     out[1 : n + 1] = ends
     if n + 1 < out.size:
         out[n + 1 :] = ends[-1]
-
-
-_INTEGERS_OR_NONE = {int, type(None), np.int32, np.int64}
