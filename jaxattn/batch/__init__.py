@@ -2,7 +2,7 @@
 
 from jaxattn.batch.advance import advance
 from jaxattn.batch.bucket import Bucket, BucketGrid, BucketPlan, powers_of_two, quarter_steps
-from jaxattn.batch.checks import check_batch
+from jaxattn.batch.device_checks import check_batch
 from jaxattn.batch.nest import nest_sequences
 from jaxattn.batch.ragged import PAD_SLOT, RaggedBatch, abstract_batch
 from jaxattn.batch.trace import BatchLog, Trace, read_trace

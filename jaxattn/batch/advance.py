@@ -28,8 +28,8 @@ def advance(
         batch: The last step's batch.
         token_ids: `[R]` The token that each row appends, or `[R, Q]` up to Q of them, as in
             speculative decoding. Rows past `num_seqs` are ignored.
-        q_lens: How many of its tokens each row appends, from 0 to Q. A row that appends none stays
-            quiet: no query token, its keys kept. Default: Q.
+        q_lens: How many of its tokens each row appends, from 0 to Q. A row that appends none has no
+            query token in the next step, and keeps its keys. Default: Q.
         accepted: How many of its last query tokens each row keeps, from 0 to its query length; the
             keys of the others are overwritten by the new tokens. Default: all.
         bucket: The next step's bucket, with as many pages and room for Q tokens in each of its

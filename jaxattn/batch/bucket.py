@@ -79,7 +79,11 @@ class Bucket:
 def quarter_steps(smallest: int, largest: int) -> tuple[int, ...]:
     """Sizes 1, 1.25, 1.5, 1.75 times each power of two, from `smallest` to `largest` inclusive.
 
-    Padding is at most a quarter of the real size, 8 % of the padded one on average.
+    From `smallest` on, padding is at most a quarter of the real size, 8 % of the padded one on average;
+    smaller batches are padded to `smallest`.
+
+    Raises:
+        ValueError: If not 1 <= smallest <= largest.
     """
     if not 1 <= smallest <= largest:
         raise ValueError(f"smallest={smallest} and largest={largest} must satisfy 1 <= smallest <= largest")
@@ -125,7 +129,7 @@ class BucketGrid:
             raise ValueError(f"max_seqs={self.max_seqs} must be at least 1")
 
     def holds(self, *, tokens: int, seqs: int, pages: int = 0, max_q_len: int = 0) -> bool:
-        """Whether a bucket is large enough for a batch; arguments as of `pick`."""
+        """Whether a bucket is large enough for a batch of so many tokens, sequences and pages."""
         return max(tokens, seqs) <= self.tokens[-1] and seqs <= self.max_seqs and pages <= self.pages[-1]
 
     def pick(self, *, tokens: int, seqs: int, pages: int = 0, max_q_len: int = 0) -> Bucket:
@@ -176,7 +180,7 @@ class BucketPlan:
             raise ValueError(f"buckets={self.buckets} must be one bucket at least, and no bucket twice")
 
     def holds(self, *, tokens: int, seqs: int, pages: int = 0, max_q_len: int = 0) -> bool:
-        """Whether a bucket is large enough for a batch; arguments as of `pick`."""
+        """Whether a bucket is large enough for a batch of such sizes; `max_q_len` 0: it is not known."""
         return self._first(tokens, seqs, pages, max_q_len or tokens) is not None
 
     def pick(self, *, tokens: int, seqs: int, pages: int = 0, max_q_len: int = 0) -> Bucket:

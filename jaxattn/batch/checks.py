@@ -1,91 +1,15 @@
-"""Whether a batch's values make sense: on the host for `nest_sequences`, on the device for `check_batch`."""
+"""Whether the values of a batch make sense, checked on the host, for `nest_sequences`.
+
+Every check is quick where all is well; only where it is not, it looks for the first wrong value and its name.
+`device_checks.py` holds the same for a batch on the device.
+"""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
-from jaxattn.batch.ragged import INT32_MAX, PAD_SLOT, RaggedBatch
+from jaxattn.batch.ragged import INT32_MAX, PAD_SLOT
 from jaxattn.batch.rows import largest
-
-
-def check_batch(batch: RaggedBatch, *, num_pages: int | None = None, share_prefixes: bool = False) -> None:
-    """The checks of `nest_sequences`, for a batch that was built on the device.
-
-    Every check is a `checkify.check`: use it inside a function transformed by
-    `jax.experimental.checkify.checkify`, and throw the error on the host.
-
-    Args:
-        batch: The batch.
-        num_pages: Pages of the cache.
-        share_prefixes: As of `nest_sequences`.
-    """
-    R, T, P = batch.bucket.seqs, batch.bucket.tokens, batch.bucket.pages
-    n, cu_q_lens, kv_lens = batch.num_seqs, batch.cu_q_lens, batch.kv_lens
-    q_lens, is_real = jnp.diff(cu_q_lens), jnp.arange(R) < n
-    checkify.check((n >= 0) & (n <= R), "num_seqs={n} must lie between 0 and bucket.seqs=" + str(R), n=n)
-    checkify.check(
-        (cu_q_lens[0] == 0) & (cu_q_lens[1:] >= cu_q_lens[:-1]).all() & (cu_q_lens[-1] <= T),
-        "cu_q_lens={c} must begin with 0, never decrease, and end at or before bucket.tokens=" + str(T),
-        c=cu_q_lens,
-    )
-    checkify.check(
-        (q_lens <= batch.bucket.max_q_len).all(),
-        "cu_q_lens={c} holds a query longer than bucket.max_q_len=" + str(batch.bucket.max_q_len),
-        c=cu_q_lens,
-    )
-    checkify.check((kv_lens >= q_lens).all(), "kv_lens={k} must count this step's tokens too", k=kv_lens)
-    # The first sum beyond int32 wraps around to a negative one.
-    checkify.check((jnp.cumsum(kv_lens) >= 0).all(), "kv_lens={k} exceed int32 in all", k=kv_lens)
-    checkify.check(
-        jnp.where(is_real, True, (q_lens == 0) & (kv_lens == 0)).all(),
-        "rows past num_seqs={n} must have no query tokens and no keys",
-        n=n,
-    )
-    checkify.check((batch.token_ids >= 0).all(), "token_ids={t} must not be negative", t=batch.token_ids)
-    slots = jnp.sort(jnp.where(is_real, batch.state_slots, PAD_SLOT))
-    twice = (slots[1:] == slots[:-1]) & (slots[1:] != PAD_SLOT)
-    checkify.check(
-        (slots >= 0).all() & ~twice.any() & ((slots != PAD_SLOT).sum() == n),
-        "state_slots={s} must be distinct, not negative, and below " + str(PAD_SLOT),
-        s=batch.state_slots,
-    )
-    contexts = kv_lens - q_lens
-    room = jnp.where(contexts > 0, contexts, kv_lens)
-    checkify.check(
-        ((batch.prefix_lm_lens >= 0) & (batch.prefix_lm_lens <= room)).all(),
-        "prefix_lm_lens={p} must lie within the contexts, or within queries without one",
-        p=batch.prefix_lm_lens,
-    )
-    if batch.page_size is None:
-        checkify.check((kv_lens == q_lens).all(), "kv_lens={k} count keys that no page holds", k=kv_lens)
-        return
-    page_size, indptr, pages = batch.page_size, batch.page_indptr, batch.page_list
-    counts = jnp.diff(indptr)
-    checkify.check(
-        (indptr[0] == 0) & (indptr[1:] >= indptr[:-1]).all() & (indptr[-1] <= P),
-        "page_indptr={i} must begin with 0, never decrease, and end at or before bucket.pages=" + str(P),
-        i=indptr,
-    )
-    needed = (kv_lens - 1) // page_size + 1
-    checkify.check((counts >= needed).all(), "page_indptr={i} holds too few pages for kv_lens", i=indptr)
-    limit = INT32_MAX // page_size if num_pages is None else min(num_pages, INT32_MAX // page_size)
-    listed = jnp.arange(P) < indptr[-1]
-    in_range = (pages >= 0) & (pages < limit)
-    checkify.check(
-        jnp.where(listed, in_range, True).all(), "page_list={p} must lie below " + str(limit), p=pages
-    )
-    row = jnp.searchsorted(indptr[1:], jnp.arange(P, dtype=jnp.int32), side="right")
-    row = jnp.minimum(row, R - 1).astype(jnp.int32)
-    logical = jnp.arange(P, dtype=jnp.int32) - indptr[row]
-    context_pages = (kv_lens - q_lens) // page_size
-    may_share = (logical < context_pages[row]) if share_prefixes else jnp.zeros(P, bool)
-    # Pages in order, so that owners of one page stand side by side; unlisted entries come last.
-    order = jnp.argsort(jnp.where(listed, pages, INT32_MAX), stable=True)
-    same = (pages[order[1:]] == pages[order[:-1]]) & listed[order[1:]] & listed[order[:-1]]
-    both = may_share[order[1:]] & may_share[order[:-1]] & (logical[order[1:]] == logical[order[:-1]])
-    checkify.check(~(same & ~both).any(), "page_list={p} gives a page to two sequences", p=pages)
 
 
 def check_tokens(token_ids: np.ndarray, lens: np.ndarray, vocab_size: int | None) -> None:

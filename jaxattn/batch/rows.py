@@ -17,7 +17,7 @@ INT64_MAX = int(np.iinfo(np.int64).max)
 
 @functools.lru_cache(maxsize=1024)
 def row_numbers(n: int) -> np.ndarray:
-    """0 to n - 1; kept, since every step asks for it."""
+    """The numbers 0 to n - 1. Cached, since every step asks for them."""
     return np.arange(n, dtype=np.int32)
 
 

@@ -28,7 +28,7 @@ class PagedKVCache:
     Attributes:
         k_pages: Keys.
         v_pages: Values.
-        k_scale: Of a quantised cache, what a stored 1 counts, per key head; None for any other.
+        k_scale: What a stored 1 of a quantised cache counts, per key head; None where nothing is quantised.
         v_scale: The same for values.
     """
 
@@ -65,11 +65,14 @@ def init_cache(
         page_size: Tokens per page.
         num_kv_heads: Key/value heads, K.
         head_dim: Size of a head, H.
-        dtype: Element type of keys and values; of a quantised cache "int8", "float8_e4m3fn" or
-            "float8_e5m2".
-        k_scale: Of a quantised cache, and of no other, what a stored 1 counts: one number, or `[K]`, one
-            per key head (see `quantization_scale`).
+        dtype: Element type of keys and values; "int8", "float8_e4m3fn" or "float8_e5m2" for a quantised
+            cache.
+        k_scale: What a stored 1 of a quantised cache counts: one number, or `[K]`, one per key head
+            (`quantization_scale` finds them). None where nothing is quantised.
         v_scale: The same for values.
+
+    Returns:
+        The cache, of zeros.
 
     Raises:
         ValueError: If a slot would not be an int32, or scales and dtype disagree. The number of elements
@@ -104,8 +107,8 @@ def write_cache(
         slot_mapping: Flat slot of each token; an out-of-range positive one is skipped.
 
     Returns:
-        The cache with the slots written, in the cache's own dtype. A quantised cache stores numbers that
-            exceed its range as the largest that it has.
+        The cache with the slots written, in the cache's own dtype. A number beyond the range of a quantised
+        cache is stored as the largest that it has.
 
     Raises:
         ValueError: If keys and values do not match the slots and the cache.

@@ -57,11 +57,11 @@ def quantization_scale(x: Float[Array, "T K H"], dtype: jax.typing.DTypeLike) ->
         dtype: Element type of the quantised cache.
 
     Returns:
-        Scales, float32; some positive number for a head of zeros, none that is finite for a head in which a
-            number is not.
+        Scales, float32. They are positive for a head of zeros, and not finite where a number of the head is
+        not.
 
     Raises:
-        ValueError: If the dtype is none of a quantised cache.
+        ValueError: If the dtype is not one of `QUANTIZED_DTYPES`.
     """
     largest = jnp.abs(x.astype(jnp.float32)).max(axis=(0, 2))
     return jnp.where(largest == 0, 1.0, largest) / _largest(dtype)

@@ -1,6 +1,6 @@
 """Other systems' conventions, a file each: metadata to theirs and a batch from theirs."""
 
-from jaxattn.interop.common import page_indices, window_size
+from jaxattn.interop.common import check_table_width, page_indices, window_size
 from jaxattn.interop.cudnn import CudnnMetadata, from_cudnn, to_cudnn
 from jaxattn.interop.flash_attention import FlashAttentionMetadata, from_flash_attention, to_flash_attention
 from jaxattn.interop.flashinfer import FlashInferMetadata, from_flashinfer, to_flashinfer
@@ -23,6 +23,7 @@ __all__ = [
     "RaggedPagedAttentionMetadata",
     "RaggedPagedAttentionV3Metadata",
     "VllmMetadata",
+    "check_table_width",
     "from_cudnn",
     "from_flash_attention",
     "from_flashinfer",

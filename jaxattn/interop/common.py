@@ -1,4 +1,4 @@
-"""What the conventions share: tables of pages, rows and pages back to a batch, windows."""
+"""What the conventions share: windows and page tables of exports, rows and pages of imports."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def page_indices(metadata: AttentionMetadata, max_pages_per_seq: int) -> Int32[A
     Args:
         metadata: The metadata of a paged batch.
         max_pages_per_seq: Columns, M. The pages of a longer sequence are cut off, silently, since
-            lengths are not known while tracing (`check_table_width`).
+            lengths are not known while tracing; `check_table_width` finds them.
 
     Raises:
         ValueError: If the batch has no pages, or `max_pages_per_seq` is not positive.
@@ -67,11 +67,14 @@ def page_indices(metadata: AttentionMetadata, max_pages_per_seq: int) -> Int32[A
 
 
 def check_table_width(metadata: AttentionMetadata, max_pages_per_seq: int) -> None:
-    """Check that no sequence has more pages than a page table has columns: a `checkify.check`.
+    """Check on the device that no sequence has more pages than a page table has columns.
+
+    A `checkify.check`: use it inside a function transformed by `jax.experimental.checkify.checkify`,
+    and throw the error on the host.
 
     Args:
         metadata: The metadata of a paged batch.
-        max_pages_per_seq: Columns of the table.
+        max_pages_per_seq: Columns of the table, M.
     """
     pages = jnp.diff(metadata.kv_page_indptr).max()
     checkify.check(

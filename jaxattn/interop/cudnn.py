@@ -1,4 +1,4 @@
-"""cuDNN's convention, as `jax.nn.dot_product_attention` and Transformer Engine use it."""
+"""cuDNN's convention: `jax.nn.dot_product_attention` (JAX 0.12), `SequenceDescriptor` (Transformer Engine 2)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,18 @@ def from_cudnn(
 
     Segments must lie one after the other, without gaps between their queries.
 
-    Arguments and errors are those of `from_flashinfer`.
+    Args:
+        exported: The arrays.
+        token_ids: Query tokens; 0 in the padding.
+        bucket: The bucket, of the arrays' sizes.
+        page_size: Tokens per page, or None for a batch without pages.
+        **stated: What the convention does not say (`Stated`).
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: If an array does not have the bucket's size, or pages and `page_size` disagree.
     """
     num_seqs = (exported.q_offsets[0] >= 0).sum(dtype=jnp.int32) - 1
     rows = read_rows(exported.q_seqlen[0], exported.kv_seqlen[0], num_seqs, stated)

@@ -1,4 +1,4 @@
-"""FlashAttention's convention (`flash_attn_varlen_func`, `flash_attn_with_kvcache`)."""
+"""FlashAttention's convention: `flash_attn_varlen_func` and `flash_attn_with_kvcache`, at 0251105a."""
 
 from __future__ import annotations
 
@@ -83,7 +83,18 @@ def from_flash_attention(
 ) -> RaggedBatch:
     """Import from FlashAttention. Pure; values are not checked (`check_batch`).
 
-    Arguments and errors are those of `from_flashinfer`.
+    Args:
+        exported: The arrays.
+        token_ids: Query tokens; 0 in the padding.
+        bucket: The bucket, of the arrays' sizes.
+        page_size: Tokens per page, or None for a batch without pages.
+        **stated: What the convention does not say (`Stated`).
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: If an array does not have the bucket's size, or pages and `page_size` disagree.
     """
     rows = read_rows(jnp.diff(exported.cu_seqlens_q), exported.seqused_k, None, stated)
     return pack_table(token_ids, rows, exported.page_table, bucket, page_size)

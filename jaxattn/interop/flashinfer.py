@@ -1,4 +1,4 @@
-"""FlashInfer's convention (`BatchPrefillWithPagedKVCacheWrapper.plan`)."""
+"""FlashInfer's convention: `BatchPrefillWithPagedKVCacheWrapper.plan` (fb28d724)."""
 
 from __future__ import annotations
 
@@ -79,6 +79,9 @@ def from_flashinfer(
         bucket: The bucket, of the arrays' sizes.
         page_size: Tokens per page, or None for a batch without pages.
         **stated: What the convention does not say (`Stated`).
+
+    Returns:
+        The batch.
 
     Raises:
         ValueError: If an array does not have the bucket's size, or pages and `page_size` disagree.

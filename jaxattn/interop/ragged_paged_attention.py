@@ -1,4 +1,4 @@
-"""The convention of JAX's ragged paged attention on TPU, version 1 and version 3."""
+"""Ragged paged attention on TPUs: `ragged_paged_attention` of JAX 0.12 and v3 of tpu-inference (001a7cd9)."""
 
 from __future__ import annotations
 
@@ -133,7 +133,18 @@ def from_ragged_paged_attention(
 ) -> RaggedBatch:
     """Import from JAX's ragged paged attention. Pure; values are not checked (`check_batch`).
 
-    Arguments and errors are those of `from_flashinfer`.
+    Args:
+        exported: The arrays.
+        token_ids: Query tokens; 0 in the padding.
+        bucket: The bucket, of the arrays' sizes.
+        page_size: Tokens per page.
+        **stated: What the convention does not say (`Stated`).
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: If an array does not have the bucket's size.
     """
     rows = read_rows(jnp.diff(exported.cu_q_lens), exported.kv_lens, exported.num_seqs[0], stated)
     return pack_table(token_ids, rows, exported.page_indices, bucket, page_size)
@@ -151,7 +162,20 @@ def from_ragged_paged_attention_v3(
 
     Everything that is given, tokens and `stated`, is in the kernel's order, and comes back in that of
     `row_rank` and `token_rank`. State `num_seqs` where rows without query tokens are to come back: the
-    kernel's groups leave them out. Arguments and errors are otherwise those of `from_flashinfer`.
+    kernel's groups leave them out.
+
+    Args:
+        exported: The arrays.
+        token_ids: Query tokens; 0 in the padding.
+        bucket: The bucket, of the arrays' sizes.
+        page_size: Tokens per page.
+        **stated: What the convention does not say (`Stated`).
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: If an array does not have the bucket's size.
     """
     num_seqs = exported.distribution[2]
     rows = read_rows(jnp.diff(exported.cu_q_lens), exported.kv_lens, num_seqs, stated)

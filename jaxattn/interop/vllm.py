@@ -1,4 +1,4 @@
-"""vLLM's convention (`CommonAttentionMetadata`)."""
+"""vLLM's convention: `CommonAttentionMetadata` of v1 (0014ca6b)."""
 
 from __future__ import annotations
 
@@ -108,7 +108,18 @@ def from_vllm(
     Slots are derived again from the block table. Phases are those of `is_prefilling`, where it is
     given.
 
-    Arguments and errors are those of `from_flashinfer`.
+    Args:
+        exported: The arrays.
+        token_ids: Query tokens; 0 in the padding.
+        bucket: The bucket, of the arrays' sizes.
+        page_size: Tokens per page.
+        **stated: What the convention does not say (`Stated`).
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: If an array does not have the bucket's size.
     """
     if exported.is_prefilling is not None and "is_decode" not in stated:
         stated["is_decode"] = ~exported.is_prefilling

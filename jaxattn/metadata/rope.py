@@ -41,7 +41,7 @@ class RopeTables:
     Attributes:
         cos: Cosines of each pair of a head.
         sin: Sines.
-        config: Of which embedding (static).
+        config: The embedding (static).
     """
 
     cos: Float[Array, "T half_H"]
@@ -72,13 +72,34 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " half_H"]
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, positions: Int32[Array, " T"]) -> RopeTables:
-    """Cosine and sine of each token's angles."""
+    """Cosine and sine of each token's angles, position · frequency, for the pairs of a head.
+
+    Args:
+        rope: The embedding.
+        head_dim: Size of a head, H.
+        positions: Position of each token in its sequence.
+
+    Raises:
+        ValueError: If the kind of scaling is unknown.
+    """
     angles = positions[:, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, :]
     return RopeTables(cos=jnp.cos(angles), sin=jnp.sin(angles), config=rope)
 
 
 def rotate(x: Float[Array, "T heads H"], tables: RopeTables) -> Float[Array, "T heads H"]:
-    """Rotate the pairs (i, i + H/2) of each head, in float32."""
+    """Rotate the pairs (i, i + H/2) of each head: (a cos - b sin, b cos + a sin), in float32.
+
+    Args:
+        x: Queries or keys.
+        tables: The step's tables for this rope and head dim.
+
+    Returns:
+        The same, rotated, in the dtype of `x`.
+
+    References:
+        Su et al., "RoFormer: Enhanced transformer with rotary position embedding", 2021, section 3.4.2; the
+        pairs are those of GPT-NeoX.
+    """
     cos, sin = tables.cos[:, None, :], tables.sin[:, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -19,7 +19,6 @@ from jaxattn import AttentionSpec, Bucket, attention, nest_sequences, prepare_me
 from jaxattn import interop as ex
 from jaxattn.batch import PAD_SLOT, check_batch
 from jaxattn.batch.ragged import RaggedBatch, field_slices
-from jaxattn.interop.common import check_table_width
 from jaxattn.metadata import WindowClass
 from jaxattn.metadata.fields import field_table
 from jaxattn.metadata.superset import METADATA_FIELDS, VISIBLE_FIELDS
