@@ -1,4 +1,4 @@
-"""cuDNN's convention: `jax.nn.dot_product_attention` (JAX 0.12), `SequenceDescriptor` (Transformer Engine 2)."""
+"""The convention of cuDNN, in JAX (`dot_product_attention`) and Transformer Engine (`SequenceDescriptor`)."""
 
 from __future__ import annotations
 

@@ -754,7 +754,7 @@ def test_an_imported_batch_passes_the_checks():
 
 
 def test_a_table_that_is_too_narrow_is_found():
-    check = checkify.checkify(check_table_width)
+    check = checkify.checkify(ex.check_table_width)
     check(METADATA, 3)[0].throw()
     error, _ = check(METADATA, 2)
     with pytest.raises(checkify.JaxRuntimeError, match="has 3 pages, more than max_pages_per_seq=2"):
