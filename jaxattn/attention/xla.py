@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int32, Shaped
 from jaxattn.metadata.consumers import xla_tiling
 from jaxattn.metadata.schedule import Tiles
 from jaxattn.metadata.spec import AttentionSpec, softmax_dtype
-from jaxattn.metadata.superset import AttentionMetadata, VisibleKeys
+from jaxattn.metadata.superset import AttentionMetadata
+from jaxattn.metadata.visible import VisibleKeys
 from jaxattn_kernels.arrays import KVScales
 
 # Keys per block. Constants, not functions of the bucket: a sum in other blocks has other bits.

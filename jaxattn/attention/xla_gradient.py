@@ -15,7 +15,8 @@ from jaxattn.attention.xla import LONG_BLOCK_K, SHORT_BLOCK_K, product
 from jaxattn.metadata.consumers import xla_tiling
 from jaxattn.metadata.schedule import Tiles
 from jaxattn.metadata.spec import AttentionSpec, softmax_dtype
-from jaxattn.metadata.superset import AttentionMetadata, VisibleKeys
+from jaxattn.metadata.superset import AttentionMetadata
+from jaxattn.metadata.visible import VisibleKeys
 from jaxattn_kernels.arrays import Attended
 
 

@@ -5,7 +5,8 @@ from jaxattn.metadata.fields import MissingFieldError
 from jaxattn.metadata.prepare import prepare_metadata
 from jaxattn.metadata.rope import RopeConfig, RopeTables, rope_tables, rotate
 from jaxattn.metadata.spec import AttentionSpec, Visibility, WindowClass
-from jaxattn.metadata.superset import AttentionMetadata, VisibleKeys
+from jaxattn.metadata.superset import AttentionMetadata
+from jaxattn.metadata.visible import VisibleKeys
 
 __all__ = [
     "CONSUMERS",

@@ -2,7 +2,8 @@
 
 Two kinds of classes hold fields. `Prepared` ones (`AttentionMetadata`, `VisibleKeys`) hold any
 selection of theirs: a field is a method decorated with `metadata_field`, whose body is the formula,
-whose docstring the meaning and whose return annotation the shape. Plain records (`Tiles`) are
+whose docstring the meaning and whose return annotation the shape. A formula reads other fields from its
+object; while `derive_fields` runs, they are derived when they are read. Plain records (`Tiles`) are
 dataclasses whose fields are `described`, and always complete.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, overload
 
 
@@ -88,12 +89,8 @@ class Prepared:
         Raises:
             MissingFieldError: If it has not been prepared.
         """
-        try:
+        if name in self.values:
             return self.values[name]
-        except KeyError:
-            return self._missing(name)
-
-    def _missing(self, name: str) -> Any:
         definition = fields_of(type(self)).get(name)
         needs = f" (it needs {definition.needs})" if definition is not None and definition.needs else ""
         raise MissingFieldError(
@@ -102,14 +99,52 @@ class Prepared:
         )
 
 
+def derive_fields[P: Prepared](
+    holder: Callable[..., P], names: Iterable[str], formulas: Mapping[str, Callable[[P], Any]], given: Any
+) -> P:
+    """The named fields of a `Prepared` class, each derived by its formula, once, and no others.
+
+    Args:
+        holder: The class, with everything but its `values`.
+        names: The fields that are kept.
+        formulas: How each field is derived from a `Prepared` object, whose other fields it may read: they are
+            derived when they are read.
+        given: What the formulas start from, the field "_given".
+    """
+    values = _Derivation(holder, formulas, given)
+    return holder(values={name: values[name] for name in names})
+
+
+class _Derivation(dict[str, Any]):
+    """Values that are derived when they are first read."""
+
+    def __init__(self, holder: Callable[..., Any], formulas: Mapping[str, Any], given: Any) -> None:
+        super().__init__(_given=given)
+        self._holder = holder
+        self._formulas = formulas
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._formulas
+
+    def __missing__(self, name: str) -> Any:
+        # What a formula reads from is made anew and not kept: a cycle of references would keep tracers alive.
+        self[name] = value = self._formulas[name](self._holder(values=self))
+        return value
+
+
+def formulas_of(kind: type) -> dict[str, Callable[[Any], Any]]:
+    """The formulas of all fields that a `Prepared` class defines, those for its own use included."""
+    return {name: member.derive for name, member in _definitions(kind).items()}
+
+
 def fields_of(kind: type) -> dict[str, MetadataField]:
     """The public fields that a `Prepared` class defines, in the order of their definitions."""
+    return {name: member for name, member in _definitions(kind).items() if not name.startswith("_")}
+
+
+def _definitions(kind: type) -> dict[str, MetadataField]:
     members = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
-    return {
-        name: member
-        for name, member in members.items()
-        if isinstance(member, MetadataField) and not name.startswith("_")
-    }
+    return {name: member for name, member in members.items() if isinstance(member, MetadataField)}
 
 
 def described(meaning: str, also_called: str = "") -> Any:

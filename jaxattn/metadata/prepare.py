@@ -17,21 +17,18 @@ from jaxtyping import Array
 from jaxattn.batch.ragged import RaggedBatch
 from jaxattn.metadata.consumers import CONSUMERS, Consumer, resolve_consumers
 from jaxattn.metadata.fields import fields_of
-from jaxattn.metadata.schedule import (
-    Tiling,
-)
+from jaxattn.metadata.schedule import Tiling
 from jaxattn.metadata.spec import AttentionSpec, Visibility
 from jaxattn.metadata.superset import (
     METADATA_FIELDS,
     PAGES,
     ROPE,
     TABLE_WIDTH,
-    VISIBLE_FIELDS,
     AttentionMetadata,
-    Preparing,
     Request,
-    VisibleKeys,
+    derive_metadata,
 )
+from jaxattn.metadata.visible import VISIBLE_FIELDS, VisibleKeys
 
 
 def prepare_metadata(
@@ -110,10 +107,7 @@ def _request(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _prepare(batch: RaggedBatch, request: Request) -> AttentionMetadata:
-    preparing = Preparing(
-        values={}, bucket=batch.bucket, page_size=batch.page_size, batch=batch, request=request
-    )
-    return preparing.prepared()
+    return derive_metadata(batch, request)
 
 
 def _existing(

@@ -16,122 +16,56 @@ from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.ragged import PAD_SLOT, RaggedBatch
 from jaxattn.batch.segments import padded_rows, prefix_sums, segment_of
 from jaxattn.metadata.cascade import Cascade, find_cascade
-from jaxattn.metadata.fields import MissingFieldError, Prepared, fields_of, metadata_field
-from jaxattn.metadata.rope import RopeConfig, RopeTables, rope_tables
-from jaxattn.metadata.schedule import (
-    KeyTiles,
-    TileSchedule,
-    Tiling,
-    schedule_key_tiles,
-    schedule_tiles,
+from jaxattn.metadata.fields import (
+    MissingFieldError,
+    Prepared,
+    derive_fields,
+    fields_of,
+    formulas_of,
+    metadata_field,
 )
+from jaxattn.metadata.rope import RopeConfig, RopeTables, rope_tables
+from jaxattn.metadata.schedule import Tiling
 from jaxattn.metadata.spec import AttentionSpec, Visibility
+from jaxattn.metadata.visible import VISIBLE_FIELDS, ClassInputs, VisibleKeys, derive_visible
 
 # What a field may need to exist (`metadata_field(needs=...)`).
 PAGES = "a batch nested with page_tables"
 TABLE_WIDTH = "max_pages_per_seq and a batch nested with page_tables"
-_PAGE_NUMBERS = ("page_list", "kv_page_list", "page_indices")
 ROPE = "specs with rope"
 
+_PAGE_NUMBERS = ("page_list", "kv_page_list", "page_indices")
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class VisibleKeys(Prepared):
-    """What the tokens of one window class see, and the schedules to attend with.
+
+class Request(NamedTuple):
+    """What `prepare_metadata` was asked for: static and hashable.
 
     Attributes:
-        values: The prepared fields by name.
-        window_class: The class (static).
+        fields: Names to prepare, of both `Prepared` classes and of `derive`.
+        classes: The distinct window classes, each with the distinct tilings, and lengths of tiles of keys,
+            that are wanted.
+        ropes: The distinct pairs of a rope and a head dim.
+        max_pages_per_seq: Columns of `page_indices`.
+        derive: Fields of the caller's own.
     """
 
-    values: dict[str, Any]
-    window_class: Visibility = field(metadata={"static": True})
+    fields: tuple[str, ...]
+    classes: tuple[tuple[Visibility, tuple[Tiling, ...], tuple[int, ...]], ...]
+    ropes: tuple[tuple[RopeConfig, int], ...]
+    max_pages_per_seq: int | None
+    derive: tuple[tuple[str, Callable[[AttentionMetadata], Array]], ...]
 
-    @metadata_field(also_called="k_start")
-    def kv_start(self) -> Int32[Array, " T"]:
-        """First visible key of each token, as a position in its sequence; 0 for padding."""
-        return self._step.visible_range[0]
 
-    @metadata_field(also_called="k_end")
-    def kv_end(self) -> Int32[Array, " T"]:
-        """One past the last visible key of each token; 0 for padding, which sees none."""
-        return self._step.visible_range[1]
+class StepInputs(NamedTuple):
+    """What the fields of a step are derived from.
 
-    @metadata_field()
-    def schedules(self) -> tuple[TileSchedule, ...]:
-        """Which program attends with which query tokens to which keys; one schedule per tiling."""
-        batch = self._step.step.batch
-        return tuple(
-            schedule_tiles(
-                batch.bucket,
-                tiling,
-                cu_q_lens=self._step.step.cu_q_lens,
-                token_to_seq=self._step.step.token_to_seq,
-                kv_start=self.kv_start,
-                kv_end=self.kv_end,
-                max_keys=batch.bucket.max_keys(batch.page_size),
-                span=self.window_class.span,
-            )
-            for tiling in self._step.tilings
-        )
+    Attributes:
+        batch: The primary arrays.
+        request: What is wanted, and how.
+    """
 
-    @metadata_field()
-    def key_tiles(self) -> tuple[KeyTiles, ...]:
-        """Tiles of keys with the queries that see them, for gradients; one list per length of a tile."""
-        batch = self._step.step.batch
-        return tuple(
-            schedule_key_tiles(
-                block_k,
-                stored_lens=self._step.step._stored_lens,
-                token_to_seq=self._step.step.token_to_seq,
-                kv_start=self.kv_start,
-                kv_end=self.kv_end,
-                max_keys=batch.bucket.max_keys(batch.page_size),
-            )
-            for block_k in self._step.key_blocks
-        )
-
-    @property
-    def _step(self) -> PreparingVisible:
-        """Itself, which a formula reads only while it is being prepared."""
-        assert isinstance(self, PreparingVisible)
-        return self
-
-    def key_tiles_of(self, block_k: int) -> KeyTiles:
-        """The tiles of `block_k` keys.
-
-        Raises:
-            MissingFieldError: If `prepare_metadata` was not asked for them.
-        """
-        for tiles in self.key_tiles:
-            if tiles.block_k == block_k:
-                return tiles
-        have = [tiles.block_k for tiles in self.key_tiles]
-        raise MissingFieldError(
-            f"field 'key_tiles' holds none of {block_k} keys for {self.window_class}, only {have}; "
-            "give prepare_metadata the layer's spec and a consumer of them, such as 'triton_gradient'"
-        )
-
-    def schedule(self, tiling: Tiling) -> TileSchedule:
-        """The schedule of a tiling.
-
-        Raises:
-            MissingFieldError: If `prepare_metadata` was not asked for it.
-        """
-        for schedule in self.schedules:
-            if schedule.tiling == tiling:
-                return schedule
-        have = [tuple(s.tiling) for s in self.schedules]
-        raise MissingFieldError(
-            f"field 'schedules' holds no {tiling} for {self.window_class}, only {have}; "
-            "give prepare_metadata the layer's spec and its consumer"
-        )
-
-    def _repr_html_(self) -> str:
-        from jaxattn.viz.cards import visible_card  # when looked at
-
-        return visible_card(self)
+    batch: RaggedBatch
+    request: Request
 
 
 @no_type_check
@@ -153,7 +87,7 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="num_reqs")
     def num_seqs(self) -> Int32[Array, ""]:
         """Sequences of the batch."""
-        return self._step.batch.num_seqs
+        return self._given.batch.num_seqs
 
     @metadata_field(also_called="num_actual_tokens")
     def num_tokens(self) -> Int32[Array, ""]:
@@ -163,7 +97,7 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="query_start_loc, qo_indptr, cu_seqlens_q")
     def cu_q_lens(self) -> Int32[Array, " R_plus_1"]:
         """Prefix sums of query lengths; the tail repeats the last value."""
-        return self._step.batch.cu_q_lens
+        return self._given.batch.cu_q_lens
 
     @metadata_field(also_called="extend_seq_lens")
     def q_lens(self) -> Int32[Array, " R"]:
@@ -173,7 +107,7 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="seq_lens, seqused_k, cache_seqlens")
     def kv_lens(self) -> Int32[Array, " R"]:
         """Keys per sequence, this step's included; 0 for a padding row."""
-        return self._step.batch.kv_lens
+        return self._given.batch.kv_lens
 
     @metadata_field(also_called="cu_seqlens_k")
     def cu_kv_lens(self) -> Int32[Array, " R_plus_1"]:
@@ -210,32 +144,34 @@ class AttentionMetadata(Prepared):
     @metadata_field(also_called="is_prefilling, negated")
     def is_decode(self) -> Bool[Array, " R"]:
         """Whether each row decodes, as the caller stated it."""
-        return self._step.batch.is_decode
+        return self._given.batch.is_decode
 
     @metadata_field(also_called="num_decodes, num_prefills")
     def request_distribution(self) -> Int32[Array, " 3"]:
-        """Ends of the groups of decodes, of fresh prefills and of prefills over cached context."""
-        return self._phase_groups[0]
+        """Ends of the groups of decodes, of fresh prefills and of prefills over cached context.
 
-    @metadata_field(also_called="reorder_batch")
-    def decode_first_order(self) -> Int32[Array, " R"]:
-        """Rows in the order of those groups, stably; padding rows last."""
-        rank = self.decode_first_rank
-        return jnp.zeros_like(rank).at[rank].set(jnp.arange(rank.shape[0], dtype=jnp.int32))
-
-    @metadata_field()
-    def decode_first_rank(self) -> Int32[Array, " R"]:
-        """Place of each row in that order: its inverse."""
-        return self._phase_groups[1]
+        For layers with a kernel per phase, as state-space layers have: vLLM's `split_decodes_and_prefills`
+        in a batch whose rows stand in this order.
+        """
+        phase = jnp.where(self.is_decode, 0, jnp.where(self.context_lens == 0, 1, 2))
+        is_real = jnp.arange(self.bucket.seqs) < self.num_seqs
+        phase = jnp.where(is_real, phase, 3)
+        return (phase[:, None] <= jnp.arange(3)[None, :]).sum(axis=0, dtype=jnp.int32)
 
     @metadata_field(also_called="slot_idx, mamba_state_indices")
     def state_slots(self) -> Int32[Array, " R"]:
-        """Slot of each sequence's recurrent state; out of range, and positive, for a padding row."""
-        return self._step.batch.state_slots
+        """Slot of each sequence's recurrent state; out of range, and positive, for a padding row.
+
+        For recurrent layers, which gather and scatter their states by it; imports can state it.
+        """
+        return self._given.batch.state_slots
 
     @metadata_field(also_called="use_initial_states, has_initial_state")
     def has_initial_state(self) -> Bool[Array, " R"]:
-        """Whether a sequence has a state from earlier steps, `context_lens > 0`."""
+        """Whether a sequence has a state from earlier steps, `context_lens > 0`.
+
+        For recurrent layers: a slot that was another sequence's before is read as zeros.
+        """
         return self.context_lens > 0
 
     @metadata_field(also_called="out_cache_loc, new_token_dests", needs=PAGES)
@@ -250,12 +186,12 @@ class AttentionMetadata(Prepared):
     @metadata_field(needs=PAGES)
     def page_indptr(self) -> Int32[Array, " R_plus_1"]:
         """Prefix sums of the pages that each sequence holds, reserved ones included."""
-        return self._step.batch.page_indptr
+        return self._given.batch.page_indptr
 
     @metadata_field(also_called="req_to_token, in pages", needs=PAGES)
     def page_list(self) -> Int32[Array, " P"]:
         """Those pages, sequence after sequence in logical order."""
-        return self._step.batch.page_list
+        return self._given.batch.page_list
 
     @metadata_field(also_called="kv_indptr, cu_num_pages", needs=PAGES)
     def kv_page_indptr(self) -> Int32[Array, " R_plus_1"]:
@@ -281,30 +217,28 @@ class AttentionMetadata(Prepared):
         """Rectangular page table of the pages that hold keys; 0 elsewhere."""
         # From the batch's own list, so that the compact one need not exist.
         starts, counts = self.page_indptr[:-1], jnp.diff(self.kv_page_indptr)
-        return padded_rows(self.page_list, starts, counts, self._step.request.max_pages_per_seq or 0)
+        return padded_rows(self.page_list, starts, counts, self._table_width)
 
     @metadata_field(needs=PAGES)
     def cascade(self) -> Cascade:
-        """Groups of neighbouring sequences that share leading pages."""
+        """Groups of neighbouring sequences that share leading pages.
+
+        For attention that reads a shared prefix once for all queries of a group.
+        """
         seq_of_entry = segment_of(self.page_indptr[1:], self.bucket.pages)
-        return find_cascade(self._step.batch, self._tokens_per_page, self.context_lens, seq_of_entry)
+        return find_cascade(self._given.batch, self._tokens_per_page, self.context_lens, seq_of_entry)
 
     @metadata_field(also_called="cos_sin_cache, gathered", needs=ROPE)
     def rope_tables(self) -> tuple[RopeTables, ...]:
         """Cosines and sines `[T, H/2]` of all tokens, float32; one pair per rope of the specs."""
         return tuple(
-            rope_tables(rope, head_dim, self.positions) for rope, head_dim in self._step.request.ropes
+            rope_tables(rope, head_dim, self.positions) for rope, head_dim in self._given.request.ropes
         )
 
     @metadata_field()
     def visible(self) -> tuple[VisibleKeys, ...]:
         """Visible ranges and schedules; one entry per distinct window class."""
-        return tuple(
-            PreparingVisible(
-                values={}, window_class=window_class, step=self._step, tilings=tilings, key_blocks=key_blocks
-            ).prepared()
-            for window_class, tilings, key_blocks in self._step.request.classes
-        )
+        return tuple(self._visible_keys(*of_class) for of_class in self._given.request.classes)
 
     # Shared by several fields, and of no use to others.
 
@@ -341,31 +275,46 @@ class AttentionMetadata(Prepared):
     @metadata_field()
     def _prefix_lm_ends(self) -> Int32[Array, " T"]:
         """One past the last key of the prefix of each token's sequence; 0 for padding and for none."""
-        lens = self._step.batch.prefix_lm_lens[self._row_of_token]
+        lens = self._given.batch.prefix_lm_lens[self._row_of_token]
         return jnp.minimum(jnp.where(self._is_real_token, lens, 0), self._kv_ends)
 
-    @metadata_field()
-    def _phase_groups(self) -> tuple[Int32[Array, " 3"], Int32[Array, " R"]]:
-        """Ends of the groups, and the place of each row, of a stable partition by phase."""
-        row = jnp.arange(self.bucket.seqs, dtype=jnp.int32)
-        phase = jnp.where(self.is_decode, 0, jnp.where(self.context_lens == 0, 1, 2))
-        phase = jnp.where(row < self.num_seqs, phase, 3)
-        member = (phase[:, None] == jnp.arange(4)[None, :]).astype(jnp.int32)
-        counted = jnp.cumsum(member, axis=0, dtype=jnp.int32)
-        ends = jnp.cumsum(counted[-1], dtype=jnp.int32)
-        rank = (ends - counted[-1])[phase] + jnp.take_along_axis(counted, phase[:, None], axis=1)[:, 0] - 1
-        return ends[:3], rank
+    def _visible_keys(
+        self, window_class: Visibility, tilings: tuple[Tiling, ...], key_blocks: tuple[int, ...]
+    ) -> VisibleKeys:
+        kv_start, kv_end = window_class.visible_range(
+            self.positions, self._causal_ends, self._kv_ends, self._prefix_lm_ends
+        )
+        given = ClassInputs(
+            bucket=self.bucket,
+            max_keys=self.bucket.max_keys(self.page_size),
+            tilings=tilings,
+            key_blocks=key_blocks,
+            cu_q_lens=self.cu_q_lens,
+            token_to_seq=self.token_to_seq,
+            stored_lens=self._stored_lens,
+            kv_start=kv_start,
+            kv_end=kv_end,
+        )
+        names = [name for name in VISIBLE_FIELDS if name in self._given.request.fields]
+        return derive_visible(window_class, names, given)
 
     @property
-    def _step(self) -> Preparing:
-        """Itself, which a formula reads only while it is being prepared."""
-        assert isinstance(self, Preparing)
-        return self
+    def _given(self) -> StepInputs:
+        """What the formulas start from; not kept."""
+        return self["_given"]
 
     @property
     def _tokens_per_page(self) -> int:
-        assert self.page_size is not None
+        if self.page_size is None:
+            raise MissingFieldError(f"page_size=None: fields of pages need {PAGES}")
         return self.page_size
+
+    @property
+    def _table_width(self) -> int:
+        width = self._given.request.max_pages_per_seq
+        if width is None:
+            raise MissingFieldError(f"max_pages_per_seq=None: field 'page_indices' needs {TABLE_WIDTH}")
+        return width
 
     def at_page(self, first: int | Int32[Array, ""]) -> AttentionMetadata:
         """The same for a cache that is part of a larger one, such as a layer's in one array with all others.
@@ -415,72 +364,12 @@ class AttentionMetadata(Prepared):
         return metadata_card(self)
 
 
-class Request(NamedTuple):
-    """What `prepare_metadata` was asked for: static and hashable.
-
-    Attributes:
-        fields: Names to prepare, of both `Prepared` classes and of `derive`.
-        classes: The distinct window classes, each with the distinct tilings, and lengths of tiles of keys,
-            that are wanted.
-        ropes: The distinct pairs of a rope and a head dim.
-        max_pages_per_seq: Columns of `page_indices`.
-        derive: Fields of the caller's own.
-    """
-
-    fields: tuple[str, ...]
-    classes: tuple[tuple[Visibility, tuple[Tiling, ...], tuple[int, ...]], ...]
-    ropes: tuple[tuple[RopeConfig, int], ...]
-    max_pages_per_seq: int | None
-    derive: tuple[tuple[str, Callable[[AttentionMetadata], Array]], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preparing(AttentionMetadata):
-    """The metadata while they are prepared: a field that is read is derived, once."""
-
-    batch: RaggedBatch
-    request: Request
-
-    def _missing(self, name: str) -> Any:
-        own = dict(self.request.derive)
-        derive = own[name] if name in own else getattr(type(self), name).derive
-        self.values[name] = value = derive(self)
-        return value
-
-    def prepared(self) -> AttentionMetadata:
-        """The fields that were asked for."""
-        return AttentionMetadata(
-            values={name: self[name] for name in self.request.fields if name not in VISIBLE_FIELDS},
-            bucket=self.bucket,
-            page_size=self.page_size,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparingVisible(VisibleKeys):
-    """The visible keys of one class while they are prepared."""
-
-    step: Preparing
-    tilings: tuple[Tiling, ...]
-    key_blocks: tuple[int, ...]
-
-    def _missing(self, name: str) -> Any:
-        self.values[name] = value = getattr(type(self), name).derive(self)
-        return value
-
-    @functools.cached_property
-    def visible_range(self) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
-        """First and one past the last visible key of each token."""
-        step = self.step
-        return self.window_class.visible_range(
-            step.positions, step._causal_ends, step._kv_ends, step._prefix_lm_ends
-        )
-
-    def prepared(self) -> VisibleKeys:
-        """The fields that were asked for."""
-        names = [name for name in VISIBLE_FIELDS if name in self.step.request.fields]
-        return VisibleKeys(values={name: self[name] for name in names}, window_class=self.window_class)
+def derive_metadata(batch: RaggedBatch, request: Request) -> AttentionMetadata:
+    """The fields of a batch that were asked for."""
+    holder = functools.partial(AttentionMetadata, bucket=batch.bucket, page_size=batch.page_size)
+    names = [name for name in request.fields if name not in VISIBLE_FIELDS]
+    formulas = formulas_of(AttentionMetadata) | dict(request.derive)
+    return derive_fields(holder, names, formulas, StepInputs(batch, request))
 
 
 METADATA_FIELDS = tuple(fields_of(AttentionMetadata))
-VISIBLE_FIELDS = tuple(fields_of(VisibleKeys))

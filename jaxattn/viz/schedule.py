@@ -14,7 +14,8 @@ from matplotlib.patches import Patch, Rectangle
 from jaxattn.batch.ragged import RaggedBatch
 from jaxattn.metadata.schedule import Tiles
 from jaxattn.metadata.spec import Visibility, WindowClass
-from jaxattn.metadata.superset import AttentionMetadata, VisibleKeys
+from jaxattn.metadata.superset import AttentionMetadata
+from jaxattn.metadata.visible import VisibleKeys
 from jaxattn.viz.style import EMPTY, FAINT, INK, color_of, count, legend, panels, picture, sequence_handles
 
 

@@ -21,7 +21,8 @@ from jaxattn.batch import PAD_SLOT, check_batch
 from jaxattn.batch.ragged import RaggedBatch, field_slices
 from jaxattn.metadata import WindowClass
 from jaxattn.metadata.fields import field_table
-from jaxattn.metadata.superset import METADATA_FIELDS, VISIBLE_FIELDS
+from jaxattn.metadata.superset import METADATA_FIELDS
+from jaxattn.metadata.visible import VISIBLE_FIELDS
 
 PAGED = Bucket(tokens=24, seqs=5, pages=32)
 UNPAGED = Bucket(tokens=24, seqs=5)

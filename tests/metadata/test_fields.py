@@ -15,7 +15,8 @@ from jaxattn.metadata.cascade import Cascade
 from jaxattn.metadata.consumers import Consumer
 from jaxattn.metadata.fields import Prepared, field_table, fields_of
 from jaxattn.metadata.schedule import KeyTiles, SplitPlan, Tiles, Tiling
-from jaxattn.metadata.superset import AttentionMetadata, VisibleKeys
+from jaxattn.metadata.superset import AttentionMetadata
+from jaxattn.metadata.visible import VisibleKeys
 
 pytestmark = pytest.mark.smoke
 

@@ -106,8 +106,8 @@ def test_fields(case):
 
 
 @given(st.data())
-def test_rows_in_decode_first_order(data):
-    """A stable partition, written out: decodes, fresh prefills, prefills over context, padding."""
+def test_phases_are_counted(data):
+    """Decodes, fresh prefills, prefills over context: written out."""
     n = data.draw(st.integers(1, 6))
     contexts = data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     is_decode = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
@@ -121,21 +121,12 @@ def test_rows_in_decode_first_order(data):
     )
     m = prepare_metadata(batch, fields=PHASE_FIELDS)
     phases = [0 if decode else (1 if c == 0 else 2) for decode, c in zip(is_decode, contexts, strict=True)]
-    order = sorted(range(n), key=lambda row: phases[row]) + list(range(n, BUCKET.seqs))
-    np.testing.assert_array_equal(m.decode_first_order, order)
-    np.testing.assert_array_equal(np.asarray(m.decode_first_rank)[order], np.arange(BUCKET.seqs))
     np.testing.assert_array_equal(m.request_distribution, np.cumsum([phases.count(g) for g in range(3)]))
     np.testing.assert_array_equal(m.is_decode[:n], is_decode)
     np.testing.assert_array_equal(m.has_initial_state, [c > 0 for c in contexts] + [False] * (6 - n))
 
 
-PHASE_FIELDS = (
-    "decode_first_order",
-    "decode_first_rank",
-    "request_distribution",
-    "is_decode",
-    "has_initial_state",
-)
+PHASE_FIELDS = ("request_distribution", "is_decode", "has_initial_state")
 
 
 @pytest.mark.smoke

@@ -17,7 +17,8 @@ from jaxattn.metadata.cascade import Cascade
 from jaxattn.metadata.consumers import CONSUMERS
 from jaxattn.metadata.fields import FieldInfo, field_table
 from jaxattn.metadata.schedule import KeyTiles, SplitPlan, Tiles
-from jaxattn.metadata.superset import AttentionMetadata, VisibleKeys
+from jaxattn.metadata.superset import AttentionMetadata
+from jaxattn.metadata.visible import VisibleKeys
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("`RaggedBatch`, what the host sends", RaggedBatch),
