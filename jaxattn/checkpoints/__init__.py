@@ -6,17 +6,25 @@ Read are safetensors, Flax's msgpack files and Orbax folders, old ones too, with
 of the gemma library, of MaxText, or of a table of one's own; of the families Llama, Mistral, Phi-3, Qwen 2
 and 3, Gemma 1, 2 and 3. What a config means is what Hugging Face's torch models compute from it. Names and
 shapes are compared with the config before any weight is read; every disagreement is reported in one error.
+
+Inside, each file imports only what stands below it:
+
+    errors -> locate -> manifest   where weights, their config and their checksums are
+    formats                        how bytes lie: names, shapes, dtypes and arrays of a file
+    layouts                        what leaves are called, and how their axes lie: tables, and the match with them
+    families                       what configs mean
+    opening -> reading             both at once: compared first, then read, converted and put into place
+    load, inspection, save
 """
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.families.hf_config import config_from_dict, config_to_dict
+from jaxattn.checkpoints.families.config_json import config_from_dict, config_to_dict
 from jaxattn.checkpoints.inspection import Inspection, inspect
-from jaxattn.checkpoints.layouts.rows import Row
+from jaxattn.checkpoints.layouts.rows import LeafRow
 from jaxattn.checkpoints.layouts.user_tables import read_table
-from jaxattn.checkpoints.load import LoadedModel, load_model, load_params
+from jaxattn.checkpoints.load import LoadedModel, LoadReport, load_model, load_params
 from jaxattn.checkpoints.manifest import MANIFEST, write_manifest
 from jaxattn.checkpoints.opening import load_config
-from jaxattn.checkpoints.report import LoadReport
 from jaxattn.checkpoints.save import save_params
 from jaxattn.models import abstract_params
 
@@ -24,9 +32,9 @@ __all__ = [
     "MANIFEST",
     "CheckpointError",
     "Inspection",
+    "LeafRow",
     "LoadReport",
     "LoadedModel",
-    "Row",
     "abstract_params",
     "config_from_dict",
     "config_to_dict",

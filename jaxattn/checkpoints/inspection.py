@@ -12,22 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.families.hf_config import read_config
-from jaxattn.checkpoints.layouts.hugging_face import choose_table
-from jaxattn.checkpoints.layouts.mapping import Leaf, match, normalize, weights_among
-from jaxattn.checkpoints.layouts.user_tables import Table, resolve_table
+from jaxattn.checkpoints.families.config_json import read_config
+from jaxattn.checkpoints.families.without_config import infer_config
+from jaxattn.checkpoints.formats.open import open_weights
+from jaxattn.checkpoints.formats.weights import Leaf
+from jaxattn.checkpoints.layouts.match import match
+from jaxattn.checkpoints.layouts.names import choose_table, name_layout, weights_among
+from jaxattn.checkpoints.layouts.user_tables import LeafTable, resolve_table
 from jaxattn.checkpoints.locate import Location, locate
-from jaxattn.checkpoints.opening import format_of, infer_config, open_weights
 from jaxattn.models import DecoderConfig
-
-# What tells a layout, by names in their one spelling; the first that is found.
-_LAYOUTS = {
-    "gemma library": r"(^|/)(q_einsum|qkv_einsum|kv_einsum|input_embedding)(/|$)",
-    "MaxText": r"^(decoder/layers|decoder/decoder_norm|token_embedder)(/|$)",
-    "Hugging Face, Flax": r"/self_attn/\w+/kernel$",
-    "Hugging Face, torch": r"/self_attn/\w+/weight$",
-}
-_OWN = "own names"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +63,7 @@ class Inspection:
 
 
 def inspect(
-    path: str | os.PathLike[str], config: DecoderConfig | None = None, *, table: Table | None = None
+    path: str | os.PathLike[str], config: DecoderConfig | None = None, *, table: LeafTable | None = None
 ) -> Inspection:
     """Say what a checkpoint is and holds, without reading any weight.
 
@@ -101,8 +94,8 @@ def inspect(
             problems.append(str(error))
     return Inspection(
         path=location.weights,
-        format=format_of(location),
-        layout=_layout(leaves),
+        format=location.format,
+        layout=name_layout(leaves),
         family=family,
         config=config,
         leaves=leaves,
@@ -136,12 +129,6 @@ def _family(file: Path) -> str | None:
     except (OSError, ValueError, RecursionError, AttributeError):
         return None  # what is wrong with it, `read_config` says
     return family if isinstance(family, str) else None
-
-
-def _layout(leaves: Mapping[str, Leaf]) -> str:
-    spelled = [normalize(name) for name in weights_among(leaves)]
-    found = (name for name, pattern in _LAYOUTS.items() if any(re.search(pattern, leaf) for leaf in spelled))
-    return next(found, _OWN)
 
 
 def _bits(dtype: str) -> int:

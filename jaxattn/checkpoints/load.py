@@ -1,28 +1,66 @@
-"""Loading: open, then read and convert while programs compile."""
+"""Loading: open a checkpoint, then read it while programs compile; and what that took."""
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from jaxattn.checkpoints.layouts.mapping import HEAD, Plan
-from jaxattn.checkpoints.layouts.user_tables import Table
-from jaxattn.checkpoints.opening import Checkpoint, open_checkpoint
-from jaxattn.checkpoints.report import HostMemory, LoadReport, reading_bar
-from jaxattn.compiling.compiles import compile_cache, count_compiles
+from jaxattn.checkpoints.layouts.match import LoadPlan
+from jaxattn.checkpoints.layouts.rows import HEAD
+from jaxattn.checkpoints.layouts.user_tables import LeafTable
+from jaxattn.checkpoints.opening import open_checkpoint
+from jaxattn.checkpoints.reading import read_params
+from jaxattn.compiling.compiles import count_compiles
 from jaxattn.models import CompiledSteps, DecoderConfig, Model
 from jaxattn.models.params import Params
 
 COMPILE_MODES = ("overlap", "lazy", "none")
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What loading a model took.
+
+    Attributes:
+        format: Of the weights: "safetensors", "msgpack" or "orbax".
+        seconds: From beginning to end.
+        reading_seconds: Reading and converting weights.
+        compiling_seconds: Compiling programs; with compile="overlap", during that.
+        bytes_read: Of the leaves that were read, as they are stored.
+        result_bytes: Of the parameters.
+        num_params: Numbers in them.
+        peak_host_bytes: The most memory that the process had resident, beyond what it had before. It counts
+            pages of mapped files, and on a CPU the result. None where the system does not tell, or the
+            process had more at some time before.
+        programs: Names of the compiled programs.
+        cache_hits: Programs, also those that convert, that JAX's persistent compilation cache had. Those of
+            other threads of the process are counted too.
+        cache_misses: Those that it was asked for, and did not have.
+    """
+
+    format: str
+    seconds: float
+    reading_seconds: float
+    compiling_seconds: float
+    bytes_read: int
+    result_bytes: int
+    num_params: int
+    peak_host_bytes: int | None
+    programs: tuple[str, ...]
+    cache_hits: int
+    cache_misses: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +79,7 @@ def load_params(
     config: DecoderConfig | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = None,
-    table: Table | None = None,
+    table: LeafTable | None = None,
     mesh: Mesh | None = None,
     stack_layers: bool = False,
     check_finite: bool = False,
@@ -80,7 +118,7 @@ def load_params(
     checkpoint = open_checkpoint(
         path, config, dtype=dtype, table=table, mesh=mesh, stack_layers=stack_layers, verify=verify
     )
-    params, _ = _read(checkpoint, check_finite, threading.Event())
+    params = read_params(checkpoint, check_finite=check_finite)
     _warn_of_other_head(checkpoint.plan, params)
     return params
 
@@ -90,7 +128,7 @@ def load_model(
     config: DecoderConfig | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = None,
-    table: Table | None = None,
+    table: LeafTable | None = None,
     buckets: Sequence[Callable[[CompiledSteps], object]] = (),
     compile: str = "overlap",
     cache_dir: str | os.PathLike[str] | None = None,
@@ -132,31 +170,35 @@ def load_model(
         raise ValueError(f"unknown compile={compile!r}; use one of {', '.join(map(repr, COMPILE_MODES))}")
     started, memory = time.perf_counter(), HostMemory()
     cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
-    with compile_cache(cache_dir), count_compiles() as compiles:
+    with count_compiles() as compiles:
         checkpoint = open_checkpoint(
             path, config, dtype=dtype, table=table, mesh=mesh, stack_layers=stack_layers, verify=verify
         )
-        config, plan = checkpoint.plan.config, checkpoint.plan
+        config = checkpoint.plan.config
         compiled = CompiledSteps(
             config, checkpoint.dtype, mesh, cache_dir, stack_layers, may_compile=compile != "none"
         )
-        compiling, stop = 0.0, threading.Event()
+        compiling_seconds, stop = 0.0, threading.Event()
+        read = functools.partial(
+            read_params, checkpoint, check_finite=check_finite, cache_dir=cache_dir, stop=stop
+        )
         with ThreadPoolExecutor(max_workers=1) as reader:
-            reading = reader.submit(_read, checkpoint, check_finite, stop)
+            reading = reader.submit(_timed, read)
             try:
+                # In the calling thread, where JAX's context managers around the call hold.
                 if compile == "overlap":
-                    compiling = _compile(compiled, buckets)
+                    _, compiling_seconds = _timed(lambda: [bucket(compiled) for bucket in buckets])
                 params, reading_seconds = reading.result()
             except BaseException:
                 stop.set()
                 raise
-    _warn_of_other_head(plan, params)
+    _warn_of_other_head(checkpoint.plan, params)
     leaves = jax.tree.leaves(params)
     report = LoadReport(
         format=checkpoint.format,
         seconds=time.perf_counter() - started,
         reading_seconds=reading_seconds,
-        compiling_seconds=compiling,
+        compiling_seconds=compiling_seconds,
         bytes_read=sum(checkpoint.sizes.values()),
         result_bytes=sum(leaf.nbytes for leaf in leaves),
         num_params=sum(leaf.size for leaf in leaves),
@@ -168,32 +210,13 @@ def load_model(
     return LoadedModel(config, params, compiled, report)
 
 
-def _read(checkpoint: Checkpoint, check_finite: bool, stop: threading.Event) -> tuple[Params, float]:
-    """The parameters, and how many seconds they took; given up at the next leaf when told to stop."""
+def _timed[T](function: Callable[[], T]) -> tuple[T, float]:
+    """What a function returns, and how many seconds it took."""
     started = time.perf_counter()
-    with reading_bar(sum(checkpoint.sizes.values())) as advance:
-
-        def on_read(num_bytes: int) -> None:
-            if stop.is_set():
-                raise CancelledError
-            advance(num_bytes)
-
-        params = checkpoint.read(check_finite=check_finite, on_read=on_read)
-    return params, time.perf_counter() - started
+    return function(), time.perf_counter() - started
 
 
-def _compile(compiled: CompiledSteps, buckets: Sequence[Callable[[CompiledSteps], object]]) -> float:
-    """Compile, and say how many seconds that took.
-
-    In the calling thread, where JAX's context managers around the call hold.
-    """
-    started = time.perf_counter()
-    for bucket in buckets:
-        bucket(compiled)
-    return time.perf_counter() - started
-
-
-def _warn_of_other_head(plan: Plan, params: Params) -> None:
+def _warn_of_other_head(plan: LoadPlan, params: Params) -> None:
     if plan.overrules_tie and not (params[HEAD] == params["embed"].T).all():
         warnings.warn(
             "tie_word_embeddings is true, but the checkpoint stores a head that is not the embedding; "
@@ -201,3 +224,28 @@ def _warn_of_other_head(plan: Plan, params: Params) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+class HostMemory:
+    """The memory of this process, watched from now on."""
+
+    def __init__(self) -> None:
+        self._resident, self._peak = _memory()
+
+    def extra(self) -> int | None:
+        """The most that was resident since then beyond what was then; None where that is not known."""
+        _, peak = _memory()
+        if self._resident is None or self._peak is None or peak is None or peak <= self._peak:
+            return None
+        return peak - self._resident
+
+
+def _memory() -> tuple[int | None, int | None]:
+    """Bytes resident now, and the most there ever were."""
+    if not _STATUS.exists():
+        return None, None
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
+    resident, most = (lines.get(name) for name in ("VmRSS", "VmHWM"))
+    if resident is None or most is None:  # as in some sandboxes
+        return None, None
+    return 1024 * int(resident.split()[0]), 1024 * int(most.split()[0])

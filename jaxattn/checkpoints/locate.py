@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jaxattn.checkpoints.errors import CheckpointError
 
@@ -21,6 +22,8 @@ OCDBT_MANIFEST = "manifest.ocdbt"
 OLD_ORBAX_TREE = "checkpoint"
 """The tree of an Orbax folder of before version 0.4, which has no metadata."""
 CONFIG = "config.json"
+
+Format = Literal["safetensors", "msgpack", "orbax"]
 
 # Files of an Orbax folder; the second alone tells of one whose save was never finished.
 _ORBAX_FILES = (ORBAX_METADATA, OCDBT_MANIFEST, OLD_ORBAX_TREE)
@@ -63,9 +66,11 @@ class Location:
         return not (self.weights / ORBAX_METADATA).is_file() and (self.weights / OLD_ORBAX_TREE).is_file()
 
     @property
-    def is_safetensors(self) -> bool:
-        """Whether they are safetensors; msgpack files otherwise."""
-        return self.weights.name.endswith(SUFFIXES[:2])
+    def format(self) -> Format:
+        """How the weights are stored; "orbax" also for folders of before version 0.4."""
+        if self.is_orbax:
+            return "orbax"
+        return "safetensors" if self.weights.name.endswith(SUFFIXES[:2]) else "msgpack"
 
     def find_config(self) -> Path | None:
         """The config.json that belongs to the weights, if there is one.

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.families.hf_config import config_to_dict
+from jaxattn.checkpoints.families.config_json import config_to_dict
 from jaxattn.checkpoints.layouts.hugging_face import flax_table
-from jaxattn.checkpoints.layouts.mapping import expand, leaf_name
-from jaxattn.checkpoints.layouts.rows import Layout
+from jaxattn.checkpoints.layouts.match import expand
+from jaxattn.checkpoints.layouts.rows import Layout, leaf_name
 from jaxattn.checkpoints.locate import CONFIG
 from jaxattn.checkpoints.manifest import write_manifest
 from jaxattn.models import DecoderConfig, abstract_params, unstack_layers

@@ -129,27 +129,92 @@ def compile_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     For a whole process, JAX's own setting does the same: `JAX_COMPILATION_CACHE_DIR`, with
     `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`.
 
-    JAX's settings hold for all threads; they are as before afterwards.
+    JAX has one such setting for all threads; it is as before when the last thread has left. Threads with the
+    same folder go on side by side. One with another folder waits until they have left: do not wait for such a
+    thread in here. What a thread without a folder compiles meanwhile is kept too. Of nested folders the
+    innermost counts.
 
     Args:
         folder: The folder; None changes nothing.
     """
-    wanted = {} if folder is None else {
-        "jax_compilation_cache_dir": os.fspath(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }  # fmt: skip
-    before = {name: getattr(jax.config, name) for name in wanted}
-    _configure(before, wanted)
+    if folder is None:
+        yield
+        return
+    entry = [os.fspath(folder)]
+    _thread.entries.append(entry)
     try:
+        _thread.follow()
         yield
     finally:
-        _configure(wanted, before)
+        # By identity: asynchronous tasks of one thread need not leave in the order in which they entered.
+        _thread.entries = [other for other in _thread.entries if other is not entry]
+        _thread.follow()
 
 
-def _configure(before: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if before == wanted:
-        return
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it has opened its folder once and for all otherwise
+class _CacheSetting:
+    """JAX's setting of the persistent cache, which threads with different folders have in turn."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._folder: str | None = None
+        self._num_threads = 0
+        self._before: dict[str, Any] = {}
+
+    def join(self, folder: str) -> None:
+        """Wait until no thread has another folder, and keep programs in this one from then on."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._num_threads == 0 or self._folder == folder)
+            if self._num_threads == 0:
+                self._folder = folder
+                self._before = _configure(
+                    {
+                        "jax_compilation_cache_dir": folder,
+                        "jax_persistent_cache_min_compile_time_secs": 0.0,
+                        "jax_persistent_cache_min_entry_size_bytes": -1,
+                    }
+                )
+            self._num_threads += 1
+
+    def leave(self) -> None:
+        """Put the process's own setting back when no thread has this folder any more, for others to join."""
+        with self._turn:
+            self._num_threads -= 1
+            if self._num_threads == 0:
+                _configure(self._before)
+                self._turn.notify_all()
+
+
+class _ThreadFolders(threading.local):
+    """The folders that a thread has entered; it has a part in the turn of the innermost alone.
+
+    So no thread waits for its turn while others wait for it to leave.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[list[str]] = []
+        self._joined: str | None = None
+
+    def follow(self) -> None:
+        """Join the innermost folder, after leaving the one that was joined."""
+        innermost = self.entries[-1][0] if self.entries else None
+        if self._joined == innermost:
+            return
+        if self._joined is not None:
+            self._joined = None
+            _setting.leave()
+        if innermost is not None:
+            _setting.join(innermost)
+            self._joined = innermost
+
+
+_setting, _thread = _CacheSetting(), _ThreadFolders()
+
+
+def _configure(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Set what is wanted of JAX, and return what was set before."""
+    before = {name: getattr(jax.config, name) for name in wanted}
+    if before != wanted:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it has opened its folder once and for all otherwise
+    return before

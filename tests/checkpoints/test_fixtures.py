@@ -14,6 +14,7 @@ from jaxattn import compute_logits
 from jaxattn.batch.bucket import BucketGrid
 from jaxattn.checkpoints import CheckpointError, load_params
 from jaxattn.checkpoints.opening import open_checkpoint
+from jaxattn.checkpoints.reading import read_params
 from jaxattn.models import CompiledSteps, DecoderConfig, Model
 
 GRID = BucketGrid(tokens=(32,), max_seqs=8)
@@ -37,7 +38,7 @@ def test_logits(name, tmp_path):
     expected = read_archive(name, tmp_path)
     checkpoint = open_checkpoint(tmp_path, dtype="float32")
     config = checkpoint.plan.config
-    model = Model(config, checkpoint.read(), steps_of(config))
+    model = Model(config, read_params(checkpoint), steps_of(config))
     got = compute_logits(model, [list(prompt) for prompt in PROMPTS], grid=GRID)
     for ours, theirs in zip(got, expected, strict=True):
         assert theirs.std() > 0.5

@@ -17,18 +17,20 @@ import tiny_layouts as layouts
 from jaxattn import compute_logits
 from jaxattn.batch.bucket import BucketGrid
 from jaxattn.checkpoints import CheckpointError, config_from_dict, load_params, opening
-from jaxattn.checkpoints.families import gemma_variants
-from jaxattn.checkpoints.families.gemma_variants import VARIANTS, config_of_variant
-from jaxattn.checkpoints.layouts.hugging_face import choose_table
-from jaxattn.checkpoints.layouts.mapping import Leaf, match, spelled_shapes
-from jaxattn.checkpoints.layouts.rows import Layout, Row
+from jaxattn.checkpoints.families import without_config
+from jaxattn.checkpoints.families.without_config import VARIANTS, config_of_variant
+from jaxattn.checkpoints.formats.weights import Leaf
+from jaxattn.checkpoints.layouts.match import match
+from jaxattn.checkpoints.layouts.names import choose_table, spelled_shapes
+from jaxattn.checkpoints.layouts.rows import Layout, LeafRow
+from jaxattn.checkpoints.reading import read_params
 from jaxattn.models import CompiledSteps, DecoderConfig, Model, abstract_params
 
 PROMPTS = [[3], [8, 7, 6, 5, 4], [17, 0, 3] * 7]
 GRID = BucketGrid(tokens=(48,), max_seqs=8)
 ATOL = 1e-4
 
-Table = tuple[Row, ...]
+LeafRows = tuple[LeafRow, ...]
 TINY = config_from_dict(tiny.LLAMA)
 
 
@@ -66,24 +68,24 @@ def distance(folder: Path, family: str) -> float:
     """How far logits are from those of the dense decoder, for all prompts in one batch."""
     checkpoint = opening.open_checkpoint(folder)
     config = checkpoint.plan.config
-    model = Model(config, checkpoint.read(), steps_of(config))
+    model = Model(config, read_params(checkpoint), steps_of(config))
     got = compute_logits(model, PROMPTS, grid=GRID)
     wanted = [dense_decoder.logits(tensors_of(family), tiny.FAMILIES[family], prompt) for prompt in PROMPTS]
     return max(np.abs(g - w).max() for g, w in zip(got, wanted, strict=True))
 
 
-def without_op(name: str, leaf: str = "") -> Callable[[Row], Row]:
-    def change(row: Row) -> Row:
+def without_op(name: str, leaf: str = "") -> Callable[[LeafRow], LeafRow]:
+    def change(row: LeafRow) -> LeafRow:
         ops = tuple(op for op in row.ops if op[0] != name or not row.destination.endswith(leaf))
         return row._replace(ops=ops)
 
     return change
 
 
-def swapped(first: str, second: str) -> Callable[[Row], Row]:
+def swapped(first: str, second: str) -> Callable[[LeafRow], LeafRow]:
     """Of all sources whose names have one of two parts, the other."""
 
-    def change(row: Row) -> Row:
+    def change(row: LeafRow) -> LeafRow:
         parts = (first, second) if first in row.source else (second, first)
         return row._replace(source=row.source.replace(*parts))
 
@@ -132,7 +134,7 @@ def test_logits_of_a_ragged_batch(layout, family, tmp_path):
 def test_a_mistake_in_a_table_would_be_noticed(layout, family, change, tmp_path, monkeypatch):
     choose = opening.choose_table
 
-    def choose_wrongly(leaves: Mapping[str, Leaf], config: DecoderConfig) -> Table:
+    def choose_wrongly(leaves: Mapping[str, Leaf], config: DecoderConfig) -> LeafRows:
         return tuple(map(change, choose(leaves, config)))
 
     monkeypatch.setattr(opening, "choose_table", choose_wrongly)
@@ -258,7 +260,7 @@ def test_a_config_from_shapes_alone_unless_there_is_another(layout, tmp_path, mo
     assert "num_hidden_layers=3, hidden_size=24, intermediate_size=40, num_attention_heads=4" in message
     assert "give config=" in message
     keys = {key: value for key, value in config.items() if not key.startswith("num_")}
-    monkeypatch.setitem(gemma_variants.VARIANTS, "tiny", ((3, 24, 40, 4, 2, 8), keys))
+    monkeypatch.setitem(without_config.VARIANTS, "tiny", ((3, 24, 40, 4, 2, 8), keys))
     jax.tree.map(np.testing.assert_array_equal, load_params(folder), wanted)
     tiny.write_config(folder, config | {"sliding_window": 7})
     assert opening.open_checkpoint(folder).plan.config.sliding_windows == (7, 7, None)
@@ -285,7 +287,7 @@ def test_maxtext_steps(tmp_path):
 
 
 def test_a_table_that_is_not_of_the_decoder():
-    table = (Row("embed", "e", "v d -> d v"), Row("final_norm", "n", "d -> d"))
+    table = (LeafRow("embed", "e", "v d -> d v"), LeafRow("final_norm", "n", "d -> d"))
     leaves = {"e": Leaf((61, 24), "float32"), "n": Leaf((24,), "float32")}
     with pytest.raises(CheckpointError) as caught:
         match(leaves, TINY, table)
@@ -296,13 +298,13 @@ def test_a_table_that_is_not_of_the_decoder():
 @pytest.mark.parametrize(
     "row",
     [
-        Row("q", "w", "d (n h) -> n h d", (("scale", 0.3), ("rope_deinterleave", "h"), ("add", 2.0))),
-        Row("q", "w", "h n d -> d n h", (("rope_deinterleave", "n"), ("rope_deinterleave", "h"))),
+        LeafRow("q", "w", "d (n h) -> n h d", (("scale", 0.3), ("rope_deinterleave", "h"), ("add", 2.0))),
+        LeafRow("q", "w", "h n d -> d n h", (("rope_deinterleave", "n"), ("rope_deinterleave", "h"))),
     ],
 )
 def test_what_a_row_does_can_be_undone(row):
     layout = Layout.of(row, TINY)
-    stored = np.random.default_rng(0).standard_normal(layout.fused).astype(np.float32)
+    stored = np.random.default_rng(0).standard_normal(layout.stored_shape).astype(np.float32)
     decoded = layout.to_decoder(jax.numpy.asarray(stored))
-    assert decoded.shape == layout.decoded
+    assert decoded.shape == layout.decoder_shape
     np.testing.assert_allclose(layout.to_stored(decoded), stored, rtol=1e-5, atol=1e-5)

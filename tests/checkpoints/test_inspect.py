@@ -12,8 +12,8 @@ from jaxattn.checkpoints import CheckpointError, inspect, load_config
 from jaxattn.checkpoints.formats.msgpack import MsgpackWeights
 from jaxattn.checkpoints.formats.orbax import OrbaxWeights
 from jaxattn.checkpoints.formats.safetensors import SafetensorsWeights
+from jaxattn.checkpoints.formats.weights import Leaf
 from jaxattn.checkpoints.inspection import fold_layers
-from jaxattn.checkpoints.layouts.mapping import Leaf
 from jaxattn.cli.main import run
 
 TENSORS = tiny.random_tensors(tiny.LLAMA)

@@ -23,7 +23,7 @@ from jaxattn.checkpoints import (
     config_from_dict,
     load_model,
     load_params,
-    report,
+    reading,
     save_params,
     write_manifest,
 )
@@ -311,8 +311,8 @@ def test_a_bar_is_shown_on_a_terminal_when_it_takes_long(folder, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     load_params(folder)
     assert terminal.getvalue() == ""
-    monkeypatch.setattr(report, "_SHOWN_AFTER", 0.0)
-    with report.reading_bar(2_000_000) as advance:
+    monkeypatch.setattr(reading, "_SHOWN_AFTER", 0.0)
+    with reading.reading_bar(2_000_000) as advance:
         time.sleep(0.3)
         advance(1_000_000)
         time.sleep(0.3)
@@ -321,6 +321,6 @@ def test_a_bar_is_shown_on_a_terminal_when_it_takes_long(folder, monkeypatch):
 
 
 def test_no_bar_in_a_file(folder, monkeypatch, capsys):
-    monkeypatch.setattr(report, "_SHOWN_AFTER", 0.0)
+    monkeypatch.setattr(reading, "_SHOWN_AFTER", 0.0)
     load_params(folder)
     assert capsys.readouterr().err == ""

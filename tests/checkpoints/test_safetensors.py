@@ -11,8 +11,9 @@ import tiny_checkpoints as tiny
 from safetensors.numpy import save_file
 
 from jaxattn.checkpoints import CheckpointError, load_model, load_params
-from jaxattn.checkpoints.layouts.rows import Layout, Row
+from jaxattn.checkpoints.layouts.rows import Layout, LeafRow
 from jaxattn.checkpoints.opening import open_checkpoint
+from jaxattn.checkpoints.reading import read_params
 from jaxattn.models import DecoderConfig
 
 TENSORS = tiny.random_tensors(tiny.LLAMA)
@@ -141,7 +142,7 @@ def test_a_file_that_changes_before_it_is_read(tmp_path):
     checkpoint = open_checkpoint(folder)
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
-        checkpoint.read()
+        read_params(checkpoint)
 
 
 def test_mixed_dtypes_in_one_file(tmp_path):
@@ -171,16 +172,18 @@ HALVED_PLUS_1 = (("scale", 0.5), ("add", 1.0))
 @pytest.mark.parametrize(
     ("row", "stored", "wanted"),
     [
-        (Row("", "kv_einsum/w[1]", "2 k d h -> d k h"), (2, 2, 6, 2), lambda x: x[1].transpose(1, 0, 2)),
-        (Row("", "gating_einsum[0]", "2 f d -> d f"), (2, 5, 6), lambda x: x[0].T),
-        (Row("", "qkv[1]", "(n h + k h + k h) d -> d k h"), (16, 6), lambda x: x[8:12].T.reshape(6, 2, 2)),
-        (Row("", "qkv[2]", "d (n h + k h + k h) -> d k h"), (6, 16), lambda x: x[:, 12:].reshape(6, 2, 2)),
-        (Row("", "w", "(n h) -> n h", HALVED_PLUS_1), (8,), lambda x: x.reshape(4, 2) / 2 + 1),
+        (LeafRow("", "kv_einsum/w[1]", "2 k d h -> d k h"), (2, 2, 6, 2), lambda x: x[1].transpose(1, 0, 2)),
+        (LeafRow("", "gating_einsum[0]", "2 f d -> d f"), (2, 5, 6), lambda x: x[0].T),
+        (LeafRow("", "qkv[1]", "(n h + k h + k h) d -> d k h"), (16, 6),
+         lambda x: x[8:12].T.reshape(6, 2, 2)),
+        (LeafRow("", "qkv[2]", "d (n h + k h + k h) -> d k h"), (6, 16),
+         lambda x: x[:, 12:].reshape(6, 2, 2)),
+        (LeafRow("", "w", "(n h) -> n h", HALVED_PLUS_1), (8,), lambda x: x.reshape(4, 2) / 2 + 1),
     ],
 )  # fmt: skip
 def test_what_tables_can_say(row, stored, wanted):
     layout = Layout.of(row, CONFIG)
-    assert layout.fused == stored
+    assert layout.stored_shape == stored
     array = jnp.arange(np.prod(stored), dtype=jnp.float32).reshape(stored)
     np.testing.assert_array_equal(layout.to_decoder(array), wanted(np.asarray(array)))
     if "[" not in row.source:

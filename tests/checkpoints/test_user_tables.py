@@ -13,7 +13,7 @@ import tiny_checkpoints as tiny
 from jaxattn import generate
 from jaxattn.checkpoints import (
     CheckpointError,
-    Row,
+    LeafRow,
     config_from_dict,
     inspect,
     load_model,
@@ -26,18 +26,18 @@ from jaxattn.models import Model, init_params
 
 # Keys and values in one leaf, one over the other; queries scaled; a norm counted from 0.
 TABLE = (
-    Row("embed", "words", "d v -> v d"),
-    Row("layers.{i}.attention_norm", "block{i}/n1", "d -> d", (("add", 1.0),)),
-    Row("layers.{i}.q", "block{i}/att/q", "n h d -> d n h", (("scale", 0.125),)),
-    Row("layers.{i}.k", "block{i}/att/kv[0]", "2 k d h -> d k h"),
-    Row("layers.{i}.v", "block{i}/att/kv[1]", "2 k d h -> d k h"),
-    Row("layers.{i}.o", "block{i}/att/out", "d (n h) -> n h d"),
-    Row("layers.{i}.mlp_norm", "block{i}/n2", "d -> d"),
-    Row("layers.{i}.gate", "block{i}/wide[0]", "(f + f) d -> d f"),
-    Row("layers.{i}.up", "block{i}/wide[1]", "(f + f) d -> d f"),
-    Row("layers.{i}.down", "block{i}/narrow", "f d -> f d"),
-    Row("final_norm", "last", "d -> d"),
-    Row("head", "out", "d v -> d v"),
+    LeafRow("embed", "words", "d v -> v d"),
+    LeafRow("layers.{i}.attention_norm", "block{i}/n1", "d -> d", (("add", 1.0),)),
+    LeafRow("layers.{i}.q", "block{i}/att/q", "n h d -> d n h", (("scale", 0.125),)),
+    LeafRow("layers.{i}.k", "block{i}/att/kv[0]", "2 k d h -> d k h"),
+    LeafRow("layers.{i}.v", "block{i}/att/kv[1]", "2 k d h -> d k h"),
+    LeafRow("layers.{i}.o", "block{i}/att/out", "d (n h) -> n h d"),
+    LeafRow("layers.{i}.mlp_norm", "block{i}/n2", "d -> d"),
+    LeafRow("layers.{i}.gate", "block{i}/wide[0]", "(f + f) d -> d f"),
+    LeafRow("layers.{i}.up", "block{i}/wide[1]", "(f + f) d -> d f"),
+    LeafRow("layers.{i}.down", "block{i}/narrow", "f d -> f d"),
+    LeafRow("final_norm", "last", "d -> d"),
+    LeafRow("head", "out", "d v -> d v"),
 )
 CONFIG = config_from_dict(tiny.LLAMA)
 PROMPTS = [[1, 5, 9], [7], [2] * 11]
@@ -80,7 +80,7 @@ def as_json(rows) -> str:
     return json.dumps({"rows": [row._asdict() for row in rows]})
 
 
-def changed(leaf: str, **new) -> list[Row]:
+def changed(leaf: str, **new) -> list[LeafRow]:
     return [row._replace(**new) if row.destination == leaf else row for row in TABLE]
 
 
@@ -235,19 +235,21 @@ def test_a_table_of_our_own_names_again(params, tmp_path):
     """What `save_params` writes, read by rows; as bfloat16, too."""
     save_params(tmp_path / "a", params, CONFIG)
     rows = [
-        Row("embed", "model/embed_tokens/embedding", "v d -> v d"),
-        Row("layers.{i}.attention_norm", "model/layers/{i}/input_layernorm/weight", "d -> d"),
+        LeafRow("embed", "model/embed_tokens/embedding", "v d -> v d"),
+        LeafRow("layers.{i}.attention_norm", "model/layers/{i}/input_layernorm/weight", "d -> d"),
         *(
-            Row(f"layers.{{i}}.{q}", f"model/layers/{{i}}/self_attn/{q}_proj/kernel", f"d ({n} h) -> d {n} h")
+            LeafRow(
+                f"layers.{{i}}.{q}", f"model/layers/{{i}}/self_attn/{q}_proj/kernel", f"d ({n} h) -> d {n} h"
+            )
             for q, n in ("qn", "kk", "vk")
         ),
-        Row("layers.{i}.o", "model/layers/{i}/self_attn/o_proj/kernel", "(n h) d -> n h d"),
-        Row("layers.{i}.mlp_norm", "model/layers/{i}/post_attention_layernorm/weight", "d -> d"),
-        Row("layers.{i}.gate", "model/layers/{i}/mlp/gate_proj/kernel", "d f -> d f"),
-        Row("layers.{i}.up", "model/layers/{i}/mlp/up_proj/kernel", "d f -> d f"),
-        Row("layers.{i}.down", "model/layers/{i}/mlp/down_proj/kernel", "f d -> f d"),
-        Row("final_norm", "model/norm/weight", "d -> d"),
-        Row("head", "lm_head/kernel", "d v -> d v"),
+        LeafRow("layers.{i}.o", "model/layers/{i}/self_attn/o_proj/kernel", "(n h) d -> n h d"),
+        LeafRow("layers.{i}.mlp_norm", "model/layers/{i}/post_attention_layernorm/weight", "d -> d"),
+        LeafRow("layers.{i}.gate", "model/layers/{i}/mlp/gate_proj/kernel", "d f -> d f"),
+        LeafRow("layers.{i}.up", "model/layers/{i}/mlp/up_proj/kernel", "d f -> d f"),
+        LeafRow("layers.{i}.down", "model/layers/{i}/mlp/down_proj/kernel", "f d -> f d"),
+        LeafRow("final_norm", "model/norm/weight", "d -> d"),
+        LeafRow("head", "lm_head/kernel", "d v -> d v"),
     ]  # fmt: skip
     model = load_model(tmp_path / "a", table=rows, dtype="bfloat16")
     wanted = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

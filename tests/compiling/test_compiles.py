@@ -2,6 +2,7 @@
 
 import contextvars
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -128,3 +129,78 @@ def test_a_program_that_is_only_on_disk_is_refused(tmp_path):
         new_program("on_disk")(X)
         with forbid_compiles(), pytest.raises(CompilationForbiddenError, match="on_disk"):
             new_program("on_disk")(X)
+
+
+def kept(folder) -> set[str]:
+    """Names of the programs in a folder."""
+    return {file.name.split("-")[0] for file in folder.iterdir()} if folder.is_dir() else set()
+
+
+def cache_settings() -> dict:
+    return {name: getattr(jax.config, name) for name in dir(jax.config) if "cache" in name}
+
+
+def test_threads_with_different_folders_take_turns(tmp_path):
+    """Each program is in its own thread's folder and in no other, and JAX's setting is as before."""
+    before, start = cache_settings(), threading.Barrier(4)
+
+    def compile_some(i: int) -> None:
+        start.wait()
+        for j in range(5):
+            with compile_cache(tmp_path / str(i)):
+                new_program(f"program_{i}_{j}")(X)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(compile_some, range(4)))
+    for i in range(4):
+        assert kept(tmp_path / str(i)) == {f"jit_program_{i}_{j}" for j in range(5)}
+    assert cache_settings() == before
+
+
+def test_a_thread_with_another_folder_waits_and_one_with_the_same_does_not(tmp_path):
+    same, other = threading.Event(), threading.Event()
+
+    def enter(folder, entered: threading.Event) -> None:
+        with compile_cache(folder):
+            entered.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        with compile_cache(tmp_path / "ours"):
+            threads.submit(enter, tmp_path / "ours", same)
+            threads.submit(enter, tmp_path / "theirs", other)
+            assert same.wait(10)
+            assert not other.wait(0.1)
+        assert other.wait(10)
+
+
+def test_the_innermost_folder_counts_even_where_others_share_the_outer(tmp_path):
+    """A thread gives up its outer folder meanwhile, so that two with crossed folders do not wait for ever."""
+    before, start = cache_settings(), threading.Barrier(2)
+
+    def nest(outer: str, inner: str) -> None:
+        with compile_cache(tmp_path / outer):
+            start.wait(10) if outer == "shared" else None
+            with compile_cache(tmp_path / inner):
+                new_program(f"in_{inner}")(X)
+            new_program(f"after_{inner}")(X)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(nest, ("shared", "shared"), ("one", "two")))
+        list(threads.map(nest, ("crossed_1", "crossed_2"), ("crossed_2", "crossed_1")))
+    assert kept(tmp_path / "one") == {"jit_in_one"}
+    assert kept(tmp_path / "two") == {"jit_in_two"}
+    assert kept(tmp_path / "shared") == {"jit_after_one", "jit_after_two"}
+    assert kept(tmp_path / "crossed_1") == {"jit_in_crossed_1", "jit_after_crossed_2"}
+    assert kept(tmp_path / "crossed_2") == {"jit_in_crossed_2", "jit_after_crossed_1"}
+    assert cache_settings() == before
+
+
+def test_tasks_of_one_thread_may_leave_in_any_order(tmp_path):
+    before = cache_settings()
+    first, second = compile_cache(tmp_path / "first"), compile_cache(tmp_path / "second")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "second")
+    second.__exit__(None, None, None)
+    assert cache_settings() == before

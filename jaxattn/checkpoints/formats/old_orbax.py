@@ -13,8 +13,7 @@ import tensorstore as ts
 
 from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.formats.msgpack import MsgpackWeights, open_msgpack
-from jaxattn.checkpoints.formats.weights import check_chunks, leads_outside, to_device
-from jaxattn.checkpoints.layouts.mapping import Leaf
+from jaxattn.checkpoints.formats.weights import Leaf, check_chunks, leads_outside, to_device
 from jaxattn.checkpoints.locate import OCDBT_MANIFEST, OLD_ORBAX_TREE
 
 PLACEHOLDER = "PLACEHOLDER://"

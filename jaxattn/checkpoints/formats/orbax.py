@@ -16,8 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxattn.checkpoints.errors import CheckpointError, summarize
-from jaxattn.checkpoints.formats.weights import check_chunks, join, leads_outside, walk
-from jaxattn.checkpoints.layouts.mapping import Leaf
+from jaxattn.checkpoints.formats.weights import Leaf, check_chunks, join, leads_outside, walk
 from jaxattn.checkpoints.locate import ORBAX_METADATA
 
 _GROUP_BYTES = 32 * 2**20

@@ -11,8 +11,7 @@ import jax
 from safetensors import SafetensorError, safe_open
 
 from jaxattn.checkpoints.errors import CheckpointError, summarize
-from jaxattn.checkpoints.formats.weights import merge, shards, to_device
-from jaxattn.checkpoints.layouts.mapping import Leaf
+from jaxattn.checkpoints.formats.weights import Leaf, merge, shards, to_device
 
 # The others, integers and floats of 8 bits and less, are refused by the name they have in the file.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

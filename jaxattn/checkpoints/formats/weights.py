@@ -6,18 +6,44 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.checkpoints.errors import CheckpointError, summarize
-from jaxattn.checkpoints.layouts.mapping import Leaf
 
 Path = tuple[str | int, ...]
 
 _SMALL_CHUNK = 2**20
 """Numbers of a chunk that may be larger than its array."""
+
+
+class Leaf(NamedTuple):
+    """What a checkpoint says of one of its arrays, before any of it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in memory; 0 of what is no number NumPy or JAX knows."""
+        try:
+            return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        except TypeError:
+            return 0
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """The array as it is brought to the device.
+
+        float64 comes as float32, as JAX has none by default; and all comes to one device, as where
+        an array was when it was stored says nothing about here.
+        """
+        dtype = "float32" if self.dtype == "float64" else self.dtype
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(dtype), sharding=device)
 
 
 @runtime_checkable  # for the type checks of the tests

@@ -6,39 +6,39 @@ import re
 from collections.abc import Mapping
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.layouts.rows import LAYERS, UNPAD, Row
+from jaxattn.checkpoints.layouts.rows import LAYERS, UNPAD, LeafRow
 from jaxattn.models import DecoderConfig
 
 # The files of Gemma 1 and 2 have 256128 rows of embeddings, for 256000 tokens.
 _MODEL = (
-    Row("embed", "embedder/input_embedding", "v d -> v d", ((UNPAD, "v"),)),
-    Row("final_norm", "final_norm/scale", "d -> d"),
+    LeafRow("embed", "embedder/input_embedding", "v d -> v d", ((UNPAD, "v"),)),
+    LeafRow("final_norm", "final_norm/scale", "d -> d"),
 )
 _LAYER = (
-    Row("attention_norm", "pre_attention_norm/scale", "d -> d"),
-    Row("q", "attn/q_einsum/w", "n d h -> d n h"),
-    Row("k", "attn/kv_einsum/w[0]", "2 k d h -> d k h"),
-    Row("v", "attn/kv_einsum/w[1]", "2 k d h -> d k h"),
-    Row("q_norm", "attn/_query_norm/scale", "h -> h"),
-    Row("k_norm", "attn/_key_norm/scale", "h -> h"),
-    Row("o", "attn/attn_vec_einsum/w", "n h d -> n h d"),
-    Row("post_attention_norm", "post_attention_norm/scale", "d -> d"),
-    Row("mlp_norm", "pre_ffw_norm/scale", "d -> d"),
-    Row("gate", "mlp/gating_einsum[0]", "2 f d -> d f"),
-    Row("up", "mlp/gating_einsum[1]", "2 f d -> d f"),
-    Row("down", "mlp/linear", "f d -> f d"),
-    Row("post_mlp_norm", "post_ffw_norm/scale", "d -> d"),
+    LeafRow("attention_norm", "pre_attention_norm/scale", "d -> d"),
+    LeafRow("q", "attn/q_einsum/w", "n d h -> d n h"),
+    LeafRow("k", "attn/kv_einsum/w[0]", "2 k d h -> d k h"),
+    LeafRow("v", "attn/kv_einsum/w[1]", "2 k d h -> d k h"),
+    LeafRow("q_norm", "attn/_query_norm/scale", "h -> h"),
+    LeafRow("k_norm", "attn/_key_norm/scale", "h -> h"),
+    LeafRow("o", "attn/attn_vec_einsum/w", "n h d -> n h d"),
+    LeafRow("post_attention_norm", "post_attention_norm/scale", "d -> d"),
+    LeafRow("mlp_norm", "pre_ffw_norm/scale", "d -> d"),
+    LeafRow("gate", "mlp/gating_einsum[0]", "2 f d -> d f"),
+    LeafRow("up", "mlp/gating_einsum[1]", "2 f d -> d f"),
+    LeafRow("down", "mlp/linear", "f d -> f d"),
+    LeafRow("post_mlp_norm", "post_ffw_norm/scale", "d -> d"),
 )
 # As many heads of keys as of queries: Gemma 7B.
 _FUSED = (
-    Row("q", "attn/qkv_einsum/w[0]", "3 n d h -> d n h"),
-    Row("k", "attn/qkv_einsum/w[1]", "3 k d h -> d k h"),
-    Row("v", "attn/qkv_einsum/w[2]", "3 k d h -> d k h"),
+    LeafRow("q", "attn/qkv_einsum/w[0]", "3 n d h -> d n h"),
+    LeafRow("k", "attn/qkv_einsum/w[1]", "3 k d h -> d k h"),
+    LeafRow("v", "attn/qkv_einsum/w[2]", "3 k d h -> d k h"),
 )
 # Gemma 1, and Gemma 2 2B.
 _UNTRANSPOSED = (
-    Row("gate", "mlp/gating_einsum[0]", "2 d f -> d f"),
-    Row("up", "mlp/gating_einsum[1]", "2 d f -> d f"),
+    LeafRow("gate", "mlp/gating_einsum[0]", "2 d f -> d f"),
+    LeafRow("up", "mlp/gating_einsum[1]", "2 d f -> d f"),
 )
 
 _STACKED = re.compile(r"^stacked_layers/attention_type_(\d+)/")
@@ -49,7 +49,7 @@ def is_gemma_library(names: Mapping[str, object]) -> bool:
     return "embedder/input_embedding" in names
 
 
-def gemma_table(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> tuple[Row, ...]:
+def gemma_table(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> tuple[LeafRow, ...]:
     """The rows of a decoder.
 
     Args:
@@ -73,7 +73,7 @@ def gemma_table(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig) ->
     ]
     stack = f"{LAYERS} " if pattern else ""
     return _MODEL + tuple(
-        Row(f"layers.{i}.{row.destination}", f"{prefix}/{row.source}", stack + row.axes)
+        LeafRow(f"layers.{i}.{row.destination}", f"{prefix}/{row.source}", stack + row.axes)
         for i, prefix in enumerate(prefixes)
         for row in layer
     )

@@ -15,37 +15,36 @@ from collections.abc import Iterable, Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.checkpoints.layouts.mapping import HEAD
-from jaxattn.checkpoints.layouts.rows import LAYERS, UNPAD, Op, Row
+from jaxattn.checkpoints.layouts.rows import HEAD, LAYERS, UNPAD, LeafRow, Op
 from jaxattn.models import DecoderConfig
 
 _MODEL = (
-    Row("embed", "token_embedder/embedding", "v d -> v d", ((UNPAD, "v"),)),
-    Row("final_norm", "decoder/decoder_norm/scale", "d -> d"),
-    Row(HEAD, "decoder/logits_dense/kernel", "d v -> d v", ((UNPAD, "v"),)),
+    LeafRow("embed", "token_embedder/embedding", "v d -> v d", ((UNPAD, "v"),)),
+    LeafRow("final_norm", "decoder/decoder_norm/scale", "d -> d"),
+    LeafRow(HEAD, "decoder/logits_dense/kernel", "d v -> d v", ((UNPAD, "v"),)),
 )
 # What follows a layer's prefix; {kind} is which of a pair it is.
 _LAYER = (
-    Row("attention_norm", "pre_self_attention_layer_norm/scale", "d -> d"),
-    Row("q", "self_attention{kind}/query/kernel", "d n h -> d n h"),
-    Row("k", "self_attention{kind}/key/kernel", "d k h -> d k h"),
-    Row("v", "self_attention{kind}/value/kernel", "d k h -> d k h"),
-    Row("q_bias", "self_attention{kind}/query/bias", "n h -> n h"),
-    Row("k_bias", "self_attention{kind}/key/bias", "k h -> k h"),
-    Row("v_bias", "self_attention{kind}/value/bias", "k h -> k h"),
-    Row("q_norm", "self_attention{kind}/query_norm/scale", "h -> h"),
-    Row("k_norm", "self_attention{kind}/key_norm/scale", "h -> h"),
-    Row("o", "self_attention{kind}/out/kernel", "n h d -> n h d"),
-    Row("mlp_norm", "post_self_attention_layer_norm/scale", "d -> d"),
-    Row("gate", "mlp{kind}/wi_0/kernel", "d f -> d f"),
-    Row("up", "mlp{kind}/wi_1/kernel", "d f -> d f"),
-    Row("down", "mlp{kind}/wo/kernel", "f d -> f d"),
+    LeafRow("attention_norm", "pre_self_attention_layer_norm/scale", "d -> d"),
+    LeafRow("q", "self_attention{kind}/query/kernel", "d n h -> d n h"),
+    LeafRow("k", "self_attention{kind}/key/kernel", "d k h -> d k h"),
+    LeafRow("v", "self_attention{kind}/value/kernel", "d k h -> d k h"),
+    LeafRow("q_bias", "self_attention{kind}/query/bias", "n h -> n h"),
+    LeafRow("k_bias", "self_attention{kind}/key/bias", "k h -> k h"),
+    LeafRow("v_bias", "self_attention{kind}/value/bias", "k h -> k h"),
+    LeafRow("q_norm", "self_attention{kind}/query_norm/scale", "h -> h"),
+    LeafRow("k_norm", "self_attention{kind}/key_norm/scale", "h -> h"),
+    LeafRow("o", "self_attention{kind}/out/kernel", "n h d -> n h d"),
+    LeafRow("mlp_norm", "post_self_attention_layer_norm/scale", "d -> d"),
+    LeafRow("gate", "mlp{kind}/wi_0/kernel", "d f -> d f"),
+    LeafRow("up", "mlp{kind}/wi_1/kernel", "d f -> d f"),
+    LeafRow("down", "mlp{kind}/wo/kernel", "f d -> f d"),
 )
 _GEMMA_NORMS = (
-    Row("attention_norm", "pre_self_attention_norm{kind}/scale", "d -> d"),
-    Row("post_attention_norm", "post_self_attention_norm{kind}/scale", "d -> d"),
-    Row("mlp_norm", "pre_ffw_norm{kind}/scale", "d -> d"),
-    Row("post_mlp_norm", "post_ffw_norm{kind}/scale", "d -> d"),
+    LeafRow("attention_norm", "pre_self_attention_norm{kind}/scale", "d -> d"),
+    LeafRow("post_attention_norm", "post_self_attention_norm{kind}/scale", "d -> d"),
+    LeafRow("mlp_norm", "pre_ffw_norm{kind}/scale", "d -> d"),
+    LeafRow("post_mlp_norm", "post_ffw_norm{kind}/scale", "d -> d"),
 )
 
 _KINDS = ("_local", "_global")
@@ -56,7 +55,7 @@ def is_maxtext(names: Iterable[str]) -> bool:
     return any(name.startswith("decoder/layers") for name in names)
 
 
-def maxtext_table(names: Iterable[str], config: DecoderConfig) -> tuple[Row, ...]:
+def maxtext_table(names: Iterable[str], config: DecoderConfig) -> tuple[LeafRow, ...]:
     """The rows of a decoder.
 
     Args:
@@ -70,7 +69,7 @@ def maxtext_table(names: Iterable[str], config: DecoderConfig) -> tuple[Row, ...
         for row in layer:
             source = f"{prefix}/{row.source.format(kind=kind)}"
             axes = _with_layers(row.axes) if scanned else row.axes
-            rows.append(Row(f"layers.{i}.{row.destination}", source, axes))
+            rows.append(LeafRow(f"layers.{i}.{row.destination}", source, axes))
     return tuple(row._replace(ops=(*row.ops, *_ops(row.destination, config))) for row in rows)
 
 

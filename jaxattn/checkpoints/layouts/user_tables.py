@@ -9,12 +9,13 @@
       ]
     }
 
-What the words of a row mean is said by `Row`.
+What the words of a row mean is said by `LeafRow`; here its words are checked.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -27,20 +28,31 @@ import jax.numpy as jnp
 
 from jaxattn.checkpoints.errors import CheckpointError, summarize
 from jaxattn.checkpoints.layouts.hugging_face import POST_NORMS, TORCH
-from jaxattn.checkpoints.layouts.mapping import HEAD, leaf_name
-from jaxattn.checkpoints.layouts.rows import LAYERS, Row, problems_of
+from jaxattn.checkpoints.layouts.rows import (
+    ARITHMETIC,
+    AXES,
+    HEAD,
+    LAYERS,
+    ORDERS,
+    UNPAD,
+    LeafRow,
+    leaf_name,
+)
 from jaxattn.models import DecoderConfig, abstract_params
 
-Table = Sequence[Row] | str | os.PathLike[str]
+LeafTable = Sequence[LeafRow] | str | os.PathLike[str]
 """Rows, or a JSON file of rows."""
 
-DESTINATIONS = {row.destination: row.axes.partition(" -> ")[2] for row in (*TORCH, *POST_NORMS)}
+DESTINATIONS = {row.destination: " ".join(row.decoder_letters) for row in (*TORCH, *POST_NORMS)}
 """Every leaf that a decoder may have, with its axes."""
+
+_SOURCE = re.compile(r"[^\[\]]+(\[\d+\])?")
+_AXES = re.compile(r"(\w+|\([\w +]+\))( (\w+|\([\w +]+\)))* -> \w+( \w+)*")
 
 _KEYS = {"destination": str, "source": str, "axes": str, "ops": list}
 
 
-def read_table(file: str | os.PathLike[str]) -> tuple[Row, ...]:
+def read_table(file: str | os.PathLike[str]) -> tuple[LeafRow, ...]:
     """Read a table of names from a JSON file.
 
     Raises:
@@ -54,10 +66,12 @@ def read_table(file: str | os.PathLike[str]) -> tuple[Row, ...]:
         raise CheckpointError(f'table {file} must be {{"rows": [...]}}, an object with a list of rows')
     problems = [f"rows[{i}]: {what}" for i, entry in enumerate(raw["rows"]) for what in _misspelled(entry)]
     _raise_for(problems, f"table {file}")
-    return tuple(Row(**{**entry, "ops": tuple(map(tuple, entry.get("ops", ())))}) for entry in raw["rows"])
+    return tuple(
+        LeafRow(**{**entry, "ops": tuple(map(tuple, entry.get("ops", ())))}) for entry in raw["rows"]
+    )
 
 
-def resolve_table(table: Table, config: DecoderConfig) -> tuple[Row, ...]:
+def resolve_table(table: LeafTable, config: DecoderConfig) -> tuple[LeafRow, ...]:
     """The rows of a user's table, each of them sound, and one for every leaf of the decoder.
 
     Args:
@@ -103,13 +117,13 @@ def _misspelled(entry: Any) -> Iterator[str]:
             yield f"op {op!r} must be [name, number] or [name, axis], such as ['scale', 0.125]"
 
 
-def _unsound(row: Row) -> Iterator[str]:
+def _unsound(row: LeafRow) -> Iterator[str]:
     """What is wrong with a row, whatever the decoder."""
     leaf = row.destination
     if leaf not in DESTINATIONS:
         yield f"unknown destination {leaf!r}; the decoder's leaves are {', '.join(DESTINATIONS)}"
         return
-    problems = list(problems_of(row))
+    problems = list(_unreadable(row))
     yield from problems
     is_stack = LAYERS in re.findall(r"\w+", row.axes)
     if ("{i}" in leaf) != ("{i}" in row.source or is_stack):
@@ -119,12 +133,63 @@ def _unsound(row: Row) -> Iterator[str]:
         )
     if re.search("[{}]", row.source.replace("{i}", "")):
         yield f"source {row.source!r} has braces that are not {{i}}, the number of the layer"
-    wanted, own = row.axes.partition(" -> ")[2], DESTINATIONS[leaf]
+    wanted, own = " ".join(row.decoder_letters), DESTINATIONS[leaf]
     if wanted != own and not problems:
         yield f"axes {row.axes!r} end in {wanted!r}; {leaf!r} has {own!r}"
 
 
-def _without_row(rows: Sequence[Row], config: DecoderConfig) -> Iterator[str]:
+def _unreadable(row: LeafRow) -> Iterator[str]:
+    """What keeps the words of a row from having a meaning."""
+    if not _SOURCE.fullmatch(row.source):
+        yield f"source {row.source!r} must be a name, and if it has parts an index behind it, as 'a/b[0]'"
+    elif not _AXES.fullmatch(row.axes):
+        yield f"axes {row.axes!r} must be stored axes -> the decoder's, such as '(n h) d -> d n h'"
+    else:
+        yield from _bad_axes(row) or _bad_ops(row)
+
+
+def _bad_axes(row: LeafRow) -> list[str]:
+    axes = row.stored_axes
+    unknown = {letter for axis in axes for part in axis for letter in part} - {*AXES, LAYERS}
+    if unknown:
+        sizes = ", ".join(f"{letter} {axis.key}" for letter, axis in AXES.items())
+        named = ", ".join(map(repr, sorted(unknown)))
+        return [f"axes {row.axes!r} have unknown {named}; use {sizes}, {LAYERS} layers stacked"]
+    several = [len(axis) for axis in axes if len(axis) > 1]
+    if len(several) > 1:
+        return [f"axes {row.axes!r} have parts on more than one axis; a source has one index"]
+    num_parts = several[0] if several else 1
+    if row.part >= num_parts:
+        return [f"source {row.source!r} has no part {row.part}; axes {row.axes!r} have {num_parts}"]
+    if several and "[" not in row.source:
+        return [f"source {row.source!r} has {num_parts} parts; say which, such as '{row.source}[0]'"]
+    kept = [letter for letter in row.stored_letters if letter != LAYERS]
+    if sorted(kept) != sorted(row.decoder_letters):
+        return [f"axes {row.axes!r} begin with {', '.join(kept)} and end with other letters; use the same"]
+    return []
+
+
+def _bad_ops(row: LeafRow) -> list[str]:
+    letters = [letter for letter in row.stored_letters if letter != LAYERS]
+    lone = [axis[0][0] for axis in row.stored_axes if len(axis) == len(axis[0]) == 1]
+    letters_of = {UNPAD: lone, **dict.fromkeys(ORDERS, letters)}
+    problems = []
+    for name, value in row.ops:
+        if name in letters_of:
+            if value not in letters_of[name]:
+                problems.append(
+                    f"op {name!r} needs one of the axes {' '.join(letters_of[name])}, not {value!r}"
+                )
+        elif name not in ARITHMETIC:
+            known = ", ".join(map(repr, (*ARITHMETIC, *letters_of)))
+            problems.append(f"unknown op {name!r}; use one of {known}")
+        elif isinstance(value, str) or not math.isfinite(value) or (name == "scale" and value == 0):
+            not_0 = ", not 0" if name == "scale" else ""
+            problems.append(f"op {name!r} with {value!r}: give a finite number{not_0}")
+    return problems
+
+
+def _without_row(rows: Sequence[LeafRow], config: DecoderConfig) -> Iterator[str]:
     leaves = jax.tree.leaves_with_path(abstract_params(config, jnp.float32))
     wanted = {re.sub(r"^layers\.\d+", "layers.{i}", leaf_name(path)): None for path, _ in leaves}
     for leaf in wanted.keys() - {row.destination for row in rows}:

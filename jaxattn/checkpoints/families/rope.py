@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.families.config_values import count, number
-from jaxattn.checkpoints.families.families import FULL, LLAMA_DEFAULTS, SLIDING, Family
+from jaxattn.checkpoints.families.model_types import FULL, LLAMA_DEFAULTS, SLIDING, Family
+from jaxattn.checkpoints.families.values import count, number
 from jaxattn.models import RopeConfig
 
 _NUMBERS = {

@@ -1,4 +1,7 @@
-"""The released Gemmas, told by the shapes of their weights, as the gemma library's files have no config."""
+"""The config of weights beside which there is none: a released Gemma's is told from the shapes.
+
+The gemma library writes no config; MaxText writes none either, and its shapes do not tell.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.families.hf_config import config_from_dict
+from jaxattn.checkpoints.families.config_json import config_from_dict
+from jaxattn.checkpoints.formats.weights import Leaf
+from jaxattn.checkpoints.layouts.gemma_library import is_gemma_library
+from jaxattn.checkpoints.layouts.maxtext import is_maxtext
+from jaxattn.checkpoints.layouts.names import spelled_shapes
+from jaxattn.checkpoints.locate import Location
 from jaxattn.models import DecoderConfig
 
 _SIZES = (
@@ -39,6 +47,27 @@ VARIANTS: dict[str, tuple[tuple[int, ...], Mapping[str, Any]]] = {
     "gemma3 27b": ((62, 5376, 21_504, 32, 16, 128), _GEMMA_3_LARGE | {"query_pre_attn_scalar": 168}),
 }
 """By name: the sizes, in the order of `_SIZES`, and the other keys of config.json that are not defaults."""
+
+
+def infer_config(location: Location, leaves: Mapping[str, Leaf]) -> DecoderConfig:
+    """The config of weights beside which there is none.
+
+    Args:
+        location: Where they are.
+        leaves: What is stored, by name.
+
+    Raises:
+        CheckpointError: If nothing tells.
+    """
+    shapes = spelled_shapes(leaves)
+    if is_gemma_library(shapes):
+        return config_of_variant(shapes)
+    if is_maxtext(shapes):
+        raise CheckpointError(
+            f"{location.no_config()}. MaxText writes none: put the config.json of the model's Hugging Face "
+            "repository beside the weights, or give config="
+        )
+    raise location.no_config()
 
 
 def config_of_variant(shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:

@@ -1,9 +1,8 @@
-"""From a checkpoint's names and shapes to the decoder's: one function that follows a table."""
+"""Matching what is stored with what a config asks for, leaf by leaf, as a table names them."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,63 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.layouts.rows import Layout, Row
+from jaxattn.checkpoints.formats.weights import Leaf
+from jaxattn.checkpoints.layouts.names import normalize, weights_among
+from jaxattn.checkpoints.layouts.rows import HEAD, Layout, LeafRow, leaf_name
 from jaxattn.models import DecoderConfig, abstract_params
-
-HEAD = "head"
-
-# What users of Linen, NNX and multimodal models write otherwise, brought to one spelling, in this order.
-SPELLINGS = (
-    (r"\.", "/"),  # torch
-    (r"^(\w+/)?(params/){1,2}", ""),  # the variable collection, also of a TrainState among other things
-    (r"/(value|raw_value)$", ""),  # a boxed leaf: nn.with_partitioning, nnx.Param
-    (r"^(model/)?language_model/", ""),  # Gemma 3 with a tower of vision: two spellings
-    (r"^((model|transformer)/)+", ""),
-    (r"^layers_(\d+)/", r"layers/\1/"),
-    (r"/mlp/(gating_einsum|linear)/w$", r"/mlp/\1"),  # the gemma library's released files
-    (r"/scale$", "/weight"),
-)
-
-# Leaves without use here: rotary embedding is computed from the config, images are not read, and NNX keeps
-# random keys and optimizers beside the parameters.
-IGNORED = re.compile(
-    r"(^|/)(rotary_emb|vision_tower|multi_modal_projector|vision_encoder|SigLiPFromPatches_0|rngs)/"
-    r"|(^|/)embedder/mm_"
-    r"|^(opt_state|optimizer)/|^(step|count)(/value)?$"
-)
 
 _LAYER = re.compile(r"^(?:decoder/)?layers?[/_](\d+)/")
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-class Leaf(NamedTuple):
-    """What a checkpoint says of one of its arrays, before any of it is read."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size in memory; 0 of what is no number NumPy or JAX knows."""
-        try:
-            return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
-        except TypeError:
-            return 0
-
-    @property
-    def abstract(self) -> jax.ShapeDtypeStruct:
-        """The array as it is brought to the device.
-
-        float64 comes as float32, as JAX has none by default; and all comes to one device, as where
-        an array was when it was stored says nothing about here.
-        """
-        dtype = "float32" if self.dtype == "float64" else self.dtype
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(dtype), sharding=device)
-
-
-class Plan(NamedTuple):
+class LoadPlan(NamedTuple):
     """Which stored leaf becomes which of the decoder's.
 
     Attributes:
@@ -87,12 +40,7 @@ class Plan(NamedTuple):
     layers: dict[str, int]
 
 
-def leaf_name(path: tuple) -> str:
-    """A leaf of the decoder's parameters, as tables name it: `layers.0.q`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def expand(table: tuple[Row, ...], config: DecoderConfig) -> dict[str, Row]:
+def expand(table: tuple[LeafRow, ...], config: DecoderConfig) -> dict[str, LeafRow]:
     """The rows of all leaves that the decoder has, by leaf, with layers filled in."""
     wanted = _parameters(config)
     rows = {}
@@ -110,14 +58,7 @@ def _parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {leaf_name(path): leaf.shape for path, leaf in leaves}
 
 
-def normalize(name: str) -> str:
-    """A stored leaf's name in the one spelling that names are compared in."""
-    for pattern, replacement in SPELLINGS:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[Row, ...]) -> Plan:
+def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[LeafRow, ...]) -> LoadPlan:
     """Compare all that a checkpoint stores with all that a config asks for.
 
     Args:
@@ -154,26 +95,10 @@ def match(leaves: Mapping[str, Leaf], config: DecoderConfig, table: tuple[Row, .
     if problems:
         # Several rows read one fused leaf, and complain of the same.
         raise CheckpointError("the weights do not fit the config:\n  " + "\n  ".join(dict.fromkeys(problems)))
-    return Plan(config, overrules_tie, found, layouts, _places(rows))
+    return LoadPlan(config, overrules_tie, found, layouts, _places(rows))
 
 
-def weights_among(leaves: Mapping[str, Leaf]) -> list[str]:
-    """Names of the parameters, without an optimizer's state beside them, or what has no use here."""
-    names = list(leaves)
-    for place in (r"params/", r"\w+/params/"):
-        found = [name for name in leaves if re.match(place, name)]
-        if found:
-            names = found
-            break
-    return [name for name in names if not IGNORED.search(name.replace(".", "/"))]
-
-
-def spelled_shapes(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters, by name in the one spelling."""
-    return {normalize(name): leaves[name].shape for name in weights_among(leaves)}
-
-
-def _places(rows: Mapping[str, Row]) -> dict[str, int]:
+def _places(rows: Mapping[str, LeafRow]) -> dict[str, int]:
     """The place of each leaf among those whose rows name the same source."""
     before: Counter[str] = Counter()
     places = {}
@@ -187,17 +112,17 @@ def _not_the_decoders(layouts: Mapping[str, Layout], config: DecoderConfig) -> l
     """What a table says of the decoder that is not so."""
     wanted = _parameters(config)
     uncovered = [name for name in wanted if name not in layouts]
-    others = [name for name in layouts if layouts[name].decoded != wanted[name]]
+    others = [name for name in layouts if layouts[name].decoder_shape != wanted[name]]
     return [
         *(f"the config asks for {name}, which no row of the table is for" for name in uncovered),
         *(
-            f"{name} is {wanted[name]} in the decoder, {layouts[name].decoded} in the table"
+            f"{name} is {wanted[name]} in the decoder, {layouts[name].decoder_shape} in the table"
             for name in others
         ),
     ]
 
 
-def _wrong_depth(stored: Mapping[str, str], rows: Mapping[str, Row], config: DecoderConfig) -> list[str]:
+def _wrong_depth(stored: Mapping[str, str], rows: Mapping[str, LeafRow], config: DecoderConfig) -> list[str]:
     has, wants = _depth(stored), _depth(normalize(row.name) for row in rows.values())
     if has in (0, wants) or wants == 0:
         return []
@@ -219,12 +144,12 @@ def _doubled(names: list[str]) -> list[str]:
     ]
 
 
-def _unused(stored: Mapping[str, str], rows: Mapping[str, Row]) -> list[str]:
+def _unused(stored: Mapping[str, str], rows: Mapping[str, LeafRow]) -> list[str]:
     wanted = {normalize(row.name) for row in rows.values()}
     return [f"unused: {name}" for spelling, name in stored.items() if spelling not in wanted]
 
 
-def _missing(row: Row, layout: Layout) -> str:
+def _missing(row: LeafRow, layout: Layout) -> str:
     untied = ", as tie_word_embeddings is false" if row.destination == HEAD else ""
     return f"missing: {row.name} {layout.describe()}{untied}"
 

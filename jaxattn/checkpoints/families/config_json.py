@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxattn.checkpoints.errors import CheckpointError
-from jaxattn.checkpoints.families.config_values import count, flag, number, optional_count, optional_number
-from jaxattn.checkpoints.families.families import (
+from jaxattn.checkpoints.families.model_types import (
     ACTIVATIONS,
     ARCHITECTURES,
     FAMILIES,
@@ -27,7 +26,8 @@ from jaxattn.checkpoints.families.families import (
     SLIDING,
     Family,
 )
-from jaxattn.checkpoints.families.rope_config import read_ropes, write_ropes
+from jaxattn.checkpoints.families.rope import read_ropes, write_ropes
+from jaxattn.checkpoints.families.values import count, flag, number, optional_count, optional_number
 from jaxattn.models import DecoderConfig
 
 _REQUIRED = (
