@@ -7,14 +7,14 @@ of the gemma library, of MaxText, or of a table of one's own; of the families Ll
 and 3, Gemma 1, 2 and 3. What a config means is what Hugging Face's torch models compute from it. Names and
 shapes are compared with the config before any weight is read; every disagreement is reported in one error.
 
-Inside, each file imports only what stands below it:
+Inside, each line imports only from those above it (import-linter holds it):
 
-    errors -> locate -> manifest   where weights, their config and their checksums are
-    formats                        how bytes lie: names, shapes, dtypes and arrays of a file
-    layouts                        what leaves are called, and how their axes lie: tables, and the match with them
-    families                       what configs mean
-    opening -> reading             both at once: compared first, then read, converted and put into place
-    load, inspection, save
+    errors, locate, manifest    where weights, their config and their checksums are
+    formats                     how bytes lie: names, shapes, dtypes and arrays of files
+    layouts                     what leaves are called and how their axes lie; the match with a decoder's
+    families                    what configs mean
+    opening, reading            all compared, with no weight read; then read, converted, put into place
+    load, inspection, save      what a user calls
 """
 
 from jaxattn.checkpoints.errors import CheckpointError
