@@ -28,12 +28,12 @@ class Inspection:
     """What is known of a checkpoint before any weight is read.
 
     Attributes:
-        path: Its weights: a file, the index of several, or an Orbax folder.
-        format: "safetensors", "msgpack" or "orbax".
+        path: The weights: a file, the index of several, or an Orbax folder.
+        format: How they are stored: "safetensors", "msgpack" or "orbax".
         layout: Whose names the leaves have; "own names" are for a table of one's own.
         family: The model type of its config.json, supported or not; None where there is no such word.
         config: The decoder, if there is a config that can be followed.
-        leaves: All that is stored, by name, with shape and dtype.
+        leaves: All that is stored, by name: the shape and the dtype of each array.
         problems: What keeps it from being loaded: no config, one that is not supported, or weights that do
             not fit. Empty where `load_model` will go on to read.
     """
@@ -48,12 +48,12 @@ class Inspection:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all leaves, as numbers in memory."""
+        """The bytes of all leaves, as numbers in memory."""
         return sum(math.prod(leaf.shape) * _bits(leaf.dtype) // 8 for leaf in self.leaves.values())
 
     @property
     def num_params(self) -> int:
-        """Numbers in the parameters, without an optimizer's state beside them."""
+        """The numbers in the parameters, without an optimizer's state beside them."""
         return sum(math.prod(self.leaves[name].shape) for name in weights_among(self.leaves))
 
     @property
@@ -68,9 +68,12 @@ def inspect(
     """Say what a checkpoint is and holds, without reading any weight.
 
     Args:
-        path: As of `load_params`.
-        config: As of `load_params`.
-        table: As of `load_params`.
+        path: A folder that holds a checkpoint, or the very file or Orbax folder.
+        config: The decoder that the weights should fit; read from the checkpoint's config.json where None.
+        table: What the leaves are called, for names that are not known here: rows, or a JSON file of them.
+
+    Returns:
+        What is known. What keeps the checkpoint from being loaded is listed as `problems`, and not raised.
 
     Raises:
         CheckpointError: If there is no one checkpoint at the path, or what describes its leaves is damaged.
@@ -132,7 +135,7 @@ def _family(file: Path) -> str | None:
 
 
 def _bits(dtype: str) -> int:
-    """Of a number, by the name of its dtype in any format; 0 of what is none."""
+    """The bits of a number, by the name of its dtype in any format; 0 for what is no number."""
     if dtype.lower() == "bool":
         return 8
     size = re.match(r"(?:b?float|u?int|complex|BF|F|I|U)(\d+)", dtype)

@@ -34,20 +34,20 @@ class LoadReport:
     """What loading a model took.
 
     Attributes:
-        format: Of the weights: "safetensors", "msgpack" or "orbax".
-        seconds: From beginning to end.
-        reading_seconds: Reading and converting weights.
-        compiling_seconds: Compiling programs; with compile="overlap", during that.
-        bytes_read: Of the leaves that were read, as they are stored.
-        result_bytes: Of the parameters.
-        num_params: Numbers in them.
+        format: How the weights are stored: "safetensors", "msgpack" or "orbax".
+        seconds: The time from beginning to end.
+        reading_seconds: The time that reading and converting weights took.
+        compiling_seconds: The time that compiling programs took; with compile="overlap", during the reading.
+        bytes_read: The bytes of the leaves that were read, as they are stored.
+        result_bytes: The bytes of the parameters.
+        num_params: The numbers in the parameters.
         peak_host_bytes: The most memory that the process had resident, beyond what it had before. It counts
             pages of mapped files, and on a CPU the result. None where the system does not tell, or the
             process had more at some time before.
-        programs: Names of the compiled programs.
-        cache_hits: Programs, also those that convert, that JAX's persistent compilation cache had. Those of
-            other threads of the process are counted too.
-        cache_misses: Those that it was asked for, and did not have.
+        programs: The names of the compiled programs.
+        cache_hits: The programs, also those that convert, that JAX's persistent compilation cache had. Those
+            of other threads of the process are counted too.
+        cache_misses: The programs that the cache was asked for, and did not have.
     """
 
     format: str
@@ -68,7 +68,7 @@ class LoadedModel(Model):
     """A model from a checkpoint.
 
     Attributes:
-        report: What loading it took.
+        report: What loading the model took.
     """
 
     report: LoadReport
@@ -92,20 +92,20 @@ def load_params(
     Args:
         path: A folder that holds a checkpoint, or the very file or Orbax folder.
         config: The decoder; read from the checkpoint's config.json where None.
-        dtype: Of the parameters: "float32", "bfloat16" or "float16". None keeps the stored dtype;
+        dtype: The dtype of the parameters: "float32", "bfloat16" or "float16". None keeps the stored dtype;
             where dtypes are mixed, all leaves are brought to that of the embedding.
-        table: What the leaves are called and how they lie, for names that are not known here: rows, or a JSON
-            file of them (see `read_table`).
-        mesh: The devices that the parameters go to, as of `abstract_params`. Each leaf passes through the
-            first one as a whole.
+        table: What the leaves are called and how their axes lie, for names that are not known here: rows
+            (`LeafRow`), or a JSON file of them (`read_table`).
+        mesh: The devices that the parameters go to, divided among them as `abstract_params` says. Each leaf
+            passes through the first one as a whole.
         stack_layers: Whether to stack the leaves of all layers: programs then run layers in a loop, compile
             faster, and run slower (see `models/stacked.py`).
         check_finite: Whether to look for NaN and infinity in the parameters.
         verify: Whether to compare all files with the checksums of `write_manifest` first.
 
     Returns:
-        Parameters as `forward` takes them, on the device. They have a head even where the config
-        ties it to the embedding, if one is stored.
+        The parameters that `forward` takes, on the device, with the shapes of `abstract_params`. They have a
+        head even where the config ties it to the embedding, if one is stored.
 
     Raises:
         ValueError: If `dtype` is none of these.
@@ -140,10 +140,10 @@ def load_model(
     """Load a checkpoint as a model, with the programs of its buckets.
 
     Args:
-        path: As of `load_params`.
-        config: As of `load_params`.
-        dtype: As of `load_params`.
-        table: As of `load_params`.
+        path: A folder that holds a checkpoint, or the very file or Orbax folder.
+        config: The decoder; read from the checkpoint's config.json where None.
+        dtype: The dtype of the parameters: "float32", "bfloat16" or "float16"; the stored one where None.
+        table: What the leaves are called, for names that are not known here: rows, or a JSON file of them.
         buckets: What will be run: plans of `plan_generation`, or any other functions that have the programs
             they are called with compile what is needed.
         compile: When programs are compiled. "overlap": those of the buckets while the weights are being read;
@@ -151,17 +151,18 @@ def load_model(
             its parameters, and its programs raise.
         cache_dir: Folder of JAX's persistent compilation cache for all programs of this model, so that no
             later start compiles them again. JAX's own setting holds for everything else, and where None.
-        mesh: As of `load_params`; the model runs on its devices.
-        stack_layers: As of `load_params`.
-        check_finite: As of `load_params`.
-        verify: As of `load_params`.
+            Other threads may load with other folders at the same time.
+        mesh: The devices that the parameters go to, and that the model runs on.
+        stack_layers: Whether to stack the leaves of all layers: programs compile faster and run slower.
+        check_finite: Whether to look for NaN and infinity in the parameters.
+        verify: Whether to compare all files with the checksums of `write_manifest` first.
 
     Returns:
         The model, with a report. Its config has an untied head if one is stored.
 
     Raises:
         ValueError: If `dtype` or `compile` is none of these, or a bucket cannot be compiled.
-        CheckpointError: As of `load_params`.
+        CheckpointError: If the checkpoint cannot be loaded as it is, as by `load_params`.
 
     Warns:
         UserWarning: If the config ties the head to the embedding, but a different one is stored.

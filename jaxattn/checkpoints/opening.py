@@ -39,7 +39,7 @@ class Checkpoint:
         sizes: Stored bytes of each leaf that will be read.
         plan: Which stored leaf becomes which of the decoder's.
         dtype: The dtype that parameters will have.
-        mesh: The devices they go to, as of `abstract_params`.
+        mesh: The devices they go to; None for one.
         stack_layers: Whether layers will be stacked.
     """
 
@@ -67,9 +67,9 @@ def open_checkpoint(
     Config and table are looked at before the weights are, so that what is wrong with them is said at once.
 
     Args:
-        path: As of `load_params`, and all others.
-        config: The decoder.
-        dtype: The dtype of the parameters.
+        path: A folder that holds a checkpoint, or the very file or Orbax folder.
+        config: The decoder; read from the checkpoint's config.json where None.
+        dtype: The dtype of the parameters; the stored one where None.
         table: Names of leaves that are not known here.
         mesh: The devices.
         stack_layers: Whether layers will be stacked.

@@ -101,8 +101,8 @@ class Filling:
         """Put a leaf where it belongs, and wait until it is there.
 
         Args:
-            name: As tables name it, with the number of its layer even where layers are stacked.
-            leaf: Of one layer.
+            name: The leaf as tables name it, with the number of its layer even where layers are stacked.
+            leaf: The array, of one layer.
         """
         if name in self._places:
             self._leaves[name] = jax.device_put(leaf, self._places[name].sharding).block_until_ready()

@@ -28,14 +28,14 @@ def save_params(path: str | os.PathLike[str], params: Params, config: DecoderCon
 
     Args:
         path: A folder that does not exist yet, or is empty.
-        params: The parameters.
+        params: The parameters, with the shapes of `abstract_params`, or with stacked layers.
         config: The decoder that they are for.
 
     Raises:
         CheckpointError: If there is something at the path, the config cannot be written, or the parameters
             are not those of the config. In all cases nothing has been written.
     """
-    from jaxattn.checkpoints.formats.orbax import write_orbax  # slow to import; see load.py
+    from jaxattn.checkpoints.formats.orbax import write_orbax  # slow to import; see formats/open.py
 
     folder = Path(path).expanduser().absolute()
     described = json.dumps(config_to_dict(config), indent=2)

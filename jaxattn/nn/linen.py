@@ -21,20 +21,24 @@ class Attention(nn.Module):
 
     Parameters are named and shaped as in Flax's own `nn.MultiHeadAttention`: `query/kernel [D, N, H]`,
     `key/kernel` and `value/kernel [D, K, H]`, `out/kernel [N, H, D]`, each with its `bias` where it has one.
-    Besides, `query_norm/scale` and `key_norm/scale [H]`, and `sinks [N]` where the spec has sinks.
+    `query_norm/scale` and `key_norm/scale [H]`, and `sinks [N]`, are there where they are asked for.
+
+    Three things differ from Flax's module. `normalize_qk` is an RMS norm, as in Qwen 3 and Gemma 3, where
+    Flax has layer norms (`query_ln`, `key_ln`): weights trained with one give other numbers with the other.
+    Biases are off unless they are asked for. There is no dropout.
 
     Attributes:
-        spec: Heads, window, soft cap, rotary embedding, sinks; prepare the metadata with it.
+        spec: The layer: heads, window, soft cap, rotary embedding, sinks; prepare the metadata with it.
         use_qkv_bias: Whether queries, keys and values have biases.
-        use_out_bias: Whether the output has.
-        normalize_qk: Whether the heads of queries and keys go through an RMS norm, before they are rotated.
-        dtype: Of the computation; that which inputs and parameters promote to where None. A cache that is
-            not quantised must have it too.
-        param_dtype: Of the parameters.
-        precision: Of the projections' products.
-        kernel_init: Initialises the kernels of queries, keys and values.
-        out_kernel_init: Initialises the output's.
-        implementation: Of the attention; see `jaxattn.attention`.
+        use_out_bias: Whether the output has a bias.
+        normalize_qk: Whether each head of queries and keys goes through an RMS norm before it is rotated.
+        dtype: The dtype of the computation; None: the one that inputs and parameters promote to. A cache that
+            is not quantised must have it too.
+        param_dtype: The dtype of the parameters.
+        precision: The precision of the projections' products.
+        kernel_init: The initialiser of the kernels of queries, keys and values.
+        out_kernel_init: The initialiser of the output's kernel.
+        implementation: The implementation of attention; see `jaxattn.attention`.
     """
 
     spec: AttentionSpec
@@ -60,18 +64,20 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "T D"], metadata: AttentionMetadata, *, cache: PagedKVCache | None = None
     ) -> Float[Array, "T D"] | tuple[Float[Array, "T D"], PagedKVCache]:
-        """Attend.
+        """Attend: out(attention(rope(norm(query(x))), rope(norm(key(x))), value(x))).
 
         Args:
-            x: Features of all sequences' tokens, packed.
-            metadata: Of the batch, prepared with this layer's spec. All layers share it.
+            x: The features of all sequences' tokens, packed, [T, D].
+            metadata: The metadata of the batch, prepared with this layer's spec. All layers share it.
             cache: The layer's cache, for a batch that was nested with page tables.
 
         Returns:
-            One output per token; with a cache, also the cache with this step's keys and values written.
+            One output per token, [T, D]; with a cache, also the cache, with this step's keys and values.
 
         Raises:
-            ValueError: As `jaxattn.attention` does, or if batch and cache do not go together.
+            ValueError: If shapes, dtypes and spec do not go together, as in `jaxattn.attention`, or batch and
+                cache do not.
+            NotImplementedError: If the implementation cannot compute this layer on this device.
         """
         spec = self.spec
         options: dict[str, Any] = {

@@ -21,22 +21,23 @@ class Attention(nnx.Module):
     """Self-attention over a ragged batch: projections, rotary embedding, cache, attention.
 
     Parameters are named and shaped as in Flax's own `nnx.MultiHeadAttention`, and as in
-    `jaxattn.nn.linen.Attention`.
+    `jaxattn.nn.linen.Attention`, where it is said what differs from Flax's module. Unlike the Linen module,
+    this one is told the size of the features.
 
     Args:
-        in_features: Size of the features, D, of inputs and outputs.
-        spec: Heads, window, soft cap, rotary embedding, sinks; prepare the metadata with it.
+        in_features: The size of the features of inputs and outputs, D.
+        spec: The layer: heads, window, soft cap, rotary embedding, sinks; prepare the metadata with it.
         use_qkv_bias: Whether queries, keys and values have biases.
-        use_out_bias: Whether the output has.
-        normalize_qk: Whether the heads of queries and keys go through an RMS norm, before they are rotated.
-        dtype: Of the computation; that which inputs and parameters promote to where None. A cache that is
-            not quantised must have it too.
-        param_dtype: Of the parameters.
-        precision: Of the projections' products.
-        kernel_init: Initialises the kernels of queries, keys and values.
-        out_kernel_init: Initialises the output's.
-        implementation: Of the attention; see `jaxattn.attention`.
-        rngs: Random keys of the parameters.
+        use_out_bias: Whether the output has a bias.
+        normalize_qk: Whether each head of queries and keys goes through an RMS norm before it is rotated.
+        dtype: The dtype of the computation; None: the one that inputs and parameters promote to. A cache that
+            is not quantised must have it too.
+        param_dtype: The dtype of the parameters.
+        precision: The precision of the projections' products.
+        kernel_init: The initialiser of the kernels of queries, keys and values.
+        out_kernel_init: The initialiser of the output's kernel.
+        implementation: The implementation of attention; see `jaxattn.attention`.
+        rngs: The random keys for the parameters.
     """
 
     def __init__(
@@ -89,18 +90,20 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], metadata: AttentionMetadata, *, cache: PagedKVCache | None = None
     ) -> Float[Array, "T D"] | tuple[Float[Array, "T D"], PagedKVCache]:
-        """Attend.
+        """Attend: out(attention(rope(norm(query(x))), rope(norm(key(x))), value(x))).
 
         Args:
-            x: Features of all sequences' tokens, packed.
-            metadata: Of the batch, prepared with this layer's spec. All layers share it.
+            x: The features of all sequences' tokens, packed, [T, D].
+            metadata: The metadata of the batch, prepared with this layer's spec. All layers share it.
             cache: The layer's cache, for a batch that was nested with page tables.
 
         Returns:
-            One output per token; with a cache, also the cache with this step's keys and values written.
+            One output per token, [T, D]; with a cache, also the cache, with this step's keys and values.
 
         Raises:
-            ValueError: As `jaxattn.attention` does, or if batch and cache do not go together.
+            ValueError: If shapes, dtypes and spec do not go together, as in `jaxattn.attention`, or batch and
+                cache do not.
+            NotImplementedError: If the implementation cannot compute this layer on this device.
         """
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,26 @@ def test_a_second_start_compiles_nothing(folder, tmp_path):
     assert second.report.cache_hits == first.report.cache_misses
     assert generate(second, PROMPTS, 4) == generate(first, PROMPTS, 4)
     assert before == {name: getattr(jax.config, name) for name in dir(jax.config) if "cache" in name}
+
+
+def test_threads_may_load_with_different_folders(folder, tmp_path, model):
+    """Each model's programs are in its folder, those that convert too, and JAX's setting is as before."""
+    before = {name: getattr(jax.config, name) for name in dir(jax.config) if "cache" in name}
+    folders = [tmp_path / name for name in ("one", "two")]
+    dtypes = ("float32", "bfloat16")
+
+    def load(i: int):
+        return load_model(folder, dtype=dtypes[i], buckets=[PLAN], cache_dir=folders[i])
+
+    jax.clear_caches()
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(load, range(2))
+    assert before == {name: getattr(jax.config, name) for name in dir(jax.config) if "cache" in name}
+    names = [sorted(file.name.split("-")[0] for file in kept.glob("*-cache")) for kept in folders]
+    assert names[0] == names[1]
+    assert {"jit_prefill", "jit_decode", "jit_convert"} <= set(names[0])
+    assert generate(first, PROMPTS, 4) == generate(model, PROMPTS, 4)
+    assert len(generate(second, PROMPTS, 4)) == len(PROMPTS)
 
 
 def test_lazy_programs_are_cached_too(folder, tmp_path):

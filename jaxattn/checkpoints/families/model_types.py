@@ -16,18 +16,18 @@ class Family(NamedTuple):
     """A model type.
 
     Attributes:
-        architecture: Its causal language model's class.
-        defaults: Of keys that a config leaves out, where they are not Llama's.
+        architecture: The class of its causal language model.
+        defaults: The values of keys that a config leaves out, where they are not Llama's.
         windows: Which layers have `sliding_window` where no `layer_types` say so: "none"; "all"; "last",
             those from `max_window_layers` on, and only with `use_sliding_window`; or "pattern", all but each
             `sliding_window_pattern`th.
         rope_by_type: Whether each layer type has a rotary embedding of its own (Gemma 3).
-        qkv_bias: As of `DecoderConfig`; also those below.
-        qk_norm: Norms of queries and keys.
-        post_norms: Norms of what attention and the MLP return.
-        norm_offset: Norms scale by 1 + weight.
+        qkv_bias: Whether queries, keys and values have biases.
+        qk_norm: Whether queries and keys go through norms.
+        post_norms: Whether what attention and the MLP return goes through norms.
+        norm_offset: Whether norms scale by 1 + weight.
         scaled_embedding: Whether embedded tokens are scaled by √hidden_size.
-        activation_key: Where the activation stands.
+        activation_key: The key of the activation.
     """
 
     architecture: str
