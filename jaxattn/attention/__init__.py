@@ -2,6 +2,14 @@
 
 from jaxattn.attention.api import attention, choose_implementation
 from jaxattn.attention.choice import Choice
+from jaxattn.attention.choice_table import ChoiceTable, read_table
 from jaxattn.attention.layer import attend_layer
 
-__all__ = ["Choice", "attend_layer", "attention", "choose_implementation"]
+__all__ = [
+    "Choice",
+    "ChoiceTable",
+    "attend_layer",
+    "attention",
+    "choose_implementation",
+    "read_table",
+]

@@ -11,33 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxattn.attention import mosaic, mosaic_gradient, reference, triton, triton_gradient, xla, xla_gradient
-from jaxattn.attention import vjp as gradients
 from jaxattn.attention.choice import Choice, choose, describe_device
-from jaxattn.attention.choice_table import PHASES, Device, Layer, Table, tables
+from jaxattn.attention.choice_table import PHASES, ChoiceTable, Layer, tables
+from jaxattn.attention.dispatch import attend_by_platform, names_by_platform
+from jaxattn.attention.support import unsupported_reason
 from jaxattn.batch.ragged import INT32_MAX
 from jaxattn.cache.quantization import QUANTIZED_DTYPES, check_scales, is_quantized
 from jaxattn.metadata.spec import AttentionSpec
 from jaxattn.metadata.superset import AttentionMetadata
-from jaxattn_kernels.triton.parts import MAX_HEAD_DIM
-
-IMPLEMENTATIONS = {
-    "reference": reference.attend,
-    "xla": xla.attend,
-    "triton": triton.attend,
-    "mosaic": mosaic.attend,
-}
-
-GRADIENTS: dict[str, gradients.Backward] = {
-    "xla": xla_gradient.attend_backward,
-    "triton": triton_gradient.attend_backward,
-    "mosaic": mosaic_gradient.attend_backward,
-}
-"""What goes backward through an implementation that JAX cannot differentiate, if it can serve the layer."""
-
-_TRITON_DTYPES = ("float32", "bfloat16", "float16")
-_TRITON_MIN_CAPABILITY = 8.0
-_E4M3_MIN_CAPABILITY = 8.9
 
 
 @overload
@@ -52,7 +33,7 @@ def attention(
     k_scale: jax.typing.ArrayLike | None = None,
     v_scale: jax.typing.ArrayLike | None = None,
     return_lse: Literal[False] = False,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
 ) -> Array: ...
 
 
@@ -68,7 +49,7 @@ def attention(
     k_scale: jax.typing.ArrayLike | None = None,
     v_scale: jax.typing.ArrayLike | None = None,
     return_lse: Literal[True],
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
 ) -> tuple[Array, Array]: ...
 
 
@@ -83,7 +64,7 @@ def attention(
     k_scale: jax.typing.ArrayLike | None = None,
     v_scale: jax.typing.ArrayLike | None = None,
     return_lse: bool = False,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
 ) -> Float[Array, "T N H"] | tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of a ragged batch over keys in a paged cache, or packed beside the queries.
 
@@ -105,7 +86,9 @@ def attention(
             per key head; `cache.k_scale` of a cache that `write_cache` filled.
         v_scale: The same for values.
         return_lse: Whether to return the logarithm of the softmax's denominator too.
-        implementation: "auto" (see `choose_implementation`), or one of:
+        implementation: One of:
+            "auto", for each platform that a program is lowered for what `choose_implementation` names there;
+            a table of choices (`read_table`), the same, its facts before those that come with jaxattn;
             "reference", the plain definition in float32;
             "xla", pure XLA over the tile schedule;
             "triton", the Pallas kernel, which runs in the interpreter where there is no NVIDIA GPU;
@@ -127,30 +110,8 @@ def attention(
     _validate(q, k, v, metadata, spec)
     _validate_sinks(sinks, spec)
     scales = check_scales(k.dtype, spec.num_kv_heads, k_scale, v_scale)
-    device = describe_device()
-    if implementation == "auto":
-        layer = Layer(phase_of(metadata), q.dtype.name, k.dtype.name, spec.head_dim, metadata.page_size)
-        obstacle_here = functools.partial(
-            obstacle_to, spec=spec, layer=layer, device=device, kv_elements=k.size
-        )
-        implementation = choose(layer, device, tables(), obstacle_here).implementation
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation={implementation!r}; use 'auto', {_names()}")
-    if implementation == "triton" and (obstacle := _triton_obstacle(spec, q.dtype, k.dtype, device, k.size)):
-        raise NotImplementedError(f"implementation='triton' cannot serve this layer: {obstacle}; use 'xla'")
-    attend = IMPLEMENTATIONS[implementation]
-    if implementation == "mosaic":  # without a GPU it can still be exported
-        capability = device.compute_capability
-        if found := mosaic.obstacle(spec, q.dtype, k.dtype, metadata.page_size, capability=capability):
-            raise NotImplementedError(
-                f"implementation='mosaic' cannot serve this layer: {found}; use 'triton'"
-            )
-        attend = functools.partial(attend, capability=capability)
-    if implementation in GRADIENTS:
-        backward = GRADIENTS[gradient_of(implementation, spec, q.dtype, k.dtype, metadata.page_size, device)]
-        out, lse = gradients.attend(attend, backward, spec, q, k, v, metadata, sinks, scales)
-    else:  # JAX differentiates it
-        out, lse = attend(q, k, v, metadata, spec, sinks=sinks, kv_scales=scales)
+    names = names_by_platform(implementation, q, k, metadata, spec)
+    out, lse = attend_by_platform(names, spec, q, k, v, metadata, sinks, scales)
     return (out, lse) if return_lse else out
 
 
@@ -162,14 +123,18 @@ def choose_implementation(
     page_size: int | None = None,
     phase: str = "prefill",
     platform: str | None = None,
-    table: Table | str | os.PathLike[str] | None = None,
+    table: ChoiceTable | str | os.PathLike[str] | None = None,
 ) -> Choice:
-    """Which implementation "auto" stands for, and why.
+    """Which implementation "auto" stands for on a platform, and why.
 
     The first measured fact that matches the layer and the device is followed, if what it names can serve
     the layer: facts of the user's table first, then those that come with jaxattn. Without one the default
     rule holds: on an NVIDIA GPU of compute capability 8.0 or later the Triton kernel, if it serves the
     layer's head size and dtype; everywhere else, XLA. Nothing is timed here; `jaxattn tune` writes a table.
+
+    `attention` asks this for every platform, and a program takes the answer for the one that it is lowered
+    for. A platform does not tell which GPU it will be: that is taken to be the first one of this process, and
+    where it has none, as when a CPU exports for CUDA, an NVIDIA GPU that the Triton kernel serves.
 
     Args:
         spec: The layer.
@@ -178,9 +143,8 @@ def choose_implementation(
         page_size: Tokens per page; None for keys packed beside the queries.
         phase: "decode", of a batch whose bucket promises one query token per sequence, or "prefill", of any
             other: see `phase_of`.
-        platform: "cpu", "gpu" or "tpu"; that of the default device where None.
-        table: The user's table or its file; where None, the file that the environment variable
-            `JAXATTN_CHOICES` names, if it is set.
+        platform: "cpu", "gpu", "cuda", "rocm" or "tpu"; that of the default device where None.
+        table: The user's table or its file, if there is one.
 
     Raises:
         ValueError: If the phase is unknown, or a table cannot be read.
@@ -191,116 +155,8 @@ def choose_implementation(
     kv_name = q_name if kv_dtype is None else jnp.dtype(kv_dtype).name
     layer = Layer(phase, q_name, kv_name, spec.head_dim, page_size)
     device = describe_device(platform)
-    obstacle_there = functools.partial(obstacle_to, spec=spec, layer=layer, device=device)
-    return choose(layer, device, tables(table), obstacle_there)
-
-
-def phase_of(metadata: AttentionMetadata) -> str:
-    """A batch's phase: "decode" where its bucket promises one query token per sequence, else "prefill"."""
-    return "decode" if metadata.bucket.max_q_len == 1 else "prefill"
-
-
-def obstacle_to(
-    implementation: str,
-    spec: AttentionSpec,
-    layer: Layer,
-    device: Device,
-    *,
-    kv_elements: int = 0,
-) -> str | None:
-    """Why an implementation cannot serve a layer on a device; None where it can.
-
-    Args:
-        implementation: Its name.
-        spec: The layer.
-        layer: Its element types and page size.
-        device: The device.
-        kv_elements: Numbers that the keys consist of; 0 where that is not known.
-    """
-    if implementation == "triton":
-        found = _triton_obstacle(spec, layer.dtype, layer.kv_dtype, device, kv_elements)
-        return found or _device_obstacle(device)
-    if implementation == "mosaic":
-        capability = device.compute_capability or f"that of a {device.platform}"
-        return mosaic.obstacle(spec, layer.dtype, layer.kv_dtype, layer.page_size, capability=capability)
-    return None
-
-
-def gradient_of(
-    implementation: str,
-    spec: AttentionSpec,
-    dtype: jax.typing.DTypeLike,
-    kv_dtype: jax.typing.DTypeLike,
-    page_size: int | None,
-    device: Device,
-) -> str:
-    """Which of `GRADIENTS` goes backward through an implementation: its own, if that can serve the layer.
-
-    Triton's stands in for Mosaic's, which is for Hopper, and for head dims up to 128.
-
-    Args:
-        implementation: Its name.
-        spec: The layer.
-        dtype: Element type of the queries.
-        kv_dtype: That of keys and values.
-        page_size: Tokens per page; None for packed keys.
-        device: The device.
-    """
-    capability = device.compute_capability
-    if implementation == "mosaic" and mosaic_gradient.obstacle(
-        spec, dtype, kv_dtype, page_size, capability=capability
-    ):
-        return "triton"
-    return implementation
-
-
-def _names() -> str:
-    *most, last = (repr(name) for name in IMPLEMENTATIONS)
-    return f"{', '.join(most)} or {last}"
-
-
-def _triton_obstacle(
-    spec: AttentionSpec,
-    dtype: jax.typing.DTypeLike,
-    kv_dtype: jax.typing.DTypeLike,
-    device: Device,
-    kv_elements: int,
-) -> str | None:
-    name = jnp.dtype(dtype).name
-    if name not in _TRITON_DTYPES:
-        return f"dtype {name} is not one of {', '.join(_TRITON_DTYPES)}"
-    if spec.head_dim > MAX_HEAD_DIM:
-        return f"head_dim={spec.head_dim} exceeds {MAX_HEAD_DIM}"
-    if not is_quantized(kv_dtype):
-        return None
-    if (
-        jnp.dtype(kv_dtype) == jnp.float8_e4m3fn
-        and (capability := _capability(device) or 9.0) < _E4M3_MIN_CAPABILITY
-    ):
-        return f"compute capability {capability} cannot read float8_e4m3fn; store float8_e5m2 or int8"
-    if 2**31 < kv_elements <= 2**32:
-        # Pallas counts in 32 bits up to 2^32 bytes, signed.
-        return f"its offsets into {kv_elements} numbers of one byte would overflow; use fewer pages"
-    return None
-
-
-def _device_obstacle(device: Device) -> str | None:
-    """Why a GPU cannot run the Triton kernel; None where it can, and where none is known."""
-    named = device.compute_capability
-    if named is None:
-        return None
-    if (capability := _capability(device)) is None:
-        return f"the GPU is a {named}, not one of NVIDIA's"
-    too_old = capability < _TRITON_MIN_CAPABILITY
-    return f"its compute capability {named} is below {_TRITON_MIN_CAPABILITY}" if too_old else None
-
-
-def _capability(device: Device) -> float | None:
-    """The compute capability of a device; None where it is no NVIDIA GPU, or not known."""
-    try:
-        return float(device.compute_capability or "none")
-    except ValueError:  # another maker's GPU has a name in its place
-        return None
+    reason = functools.partial(unsupported_reason, spec=spec, layer=layer, device=device)
+    return choose(layer, device, tables(table), reason)
 
 
 def _validate_sinks(sinks: Array | None, spec: AttentionSpec) -> None:

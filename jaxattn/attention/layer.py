@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from jaxattn.attention.api import attention
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.cache.paged import PagedKVCache, write_cache
 from jaxattn.metadata.rope import rotate
 from jaxattn.metadata.spec import AttentionSpec
@@ -20,7 +21,7 @@ def attend_layer(
     cache: PagedKVCache | None = None,
     *,
     sinks: Float[Array, " N"] | None = None,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
 ) -> tuple[Float[Array, "T N H"], PagedKVCache | tuple[Float[Array, "T K H"], Float[Array, "T K H"]]]:
     """Attend with a layer's projected queries, keys and values, not yet rotated.
 
@@ -33,7 +34,7 @@ def attend_layer(
         cache: The layer's cache, exactly where the batch was nested with page tables; else tokens attend
             to this step's keys alone.
         sinks: Logits of the sinks, exactly where the spec has them.
-        implementation: Of the attention.
+        implementation: As `attention` takes it.
 
     Returns:
         One output per token, and the cache with this step's keys and values written; without a cache,

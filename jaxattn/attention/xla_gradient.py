@@ -67,7 +67,10 @@ def attend_backward(
             first_listed(metadata),
             block_k=block_k,
         )
-    return Gradients(gradients.q[:T], gradients.k[:L], gradients.v[:L], gradients.delta[:T])
+    # Sums over sequences that share a page are still to come; packed keys have none.
+    key_dtype = k.dtype if metadata.page_size is None else dtype
+    dk, dv = (total[:L].astype(key_dtype) for total in (gradients.k, gradients.v))
+    return Gradients(gradients.q[:T], dk, dv, gradients.delta[:T])
 
 
 def _add_tiles(

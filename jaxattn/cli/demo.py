@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from jaxattn.attention.api import IMPLEMENTATIONS
+from jaxattn.attention.implementations import IMPLEMENTATIONS
 from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.nest import nest_sequences
 from jaxattn.batch.ragged import RaggedBatch

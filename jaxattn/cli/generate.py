@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.batch.trace import BatchLog
 from jaxattn.cache.paged import DEFAULT_PAGE_SIZE
 from jaxattn.cache.quantization import QUANTIZED_DTYPES
+from jaxattn.cli.choices import implementation_of
 from jaxattn.cli.load import load
 from jaxattn.models import CompiledSteps, Sampling
 from jaxattn.models.options import PromptOptions, limits_per_prompt
@@ -74,7 +76,8 @@ def run_generate(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.path) if with_text else None
     token_ids = [_encode(prompt, tokenizer) for prompt in prompts]
     asked = _options_per_prompt(prompts, options, tokenizer)
-    model = load(options, *_buckets(options, token_ids, asked))
+    implementation = implementation_of(options)
+    model = load(options, *_buckets(options, token_ids, asked, implementation))
     stream = _Stream(token_ids, tokenizer, as_json=options.json) if options.stream else None
     with contextlib.nullcontext() if options.log_batches is None else BatchLog(options.log_batches) as log:
         tokens = generate(
@@ -86,7 +89,7 @@ def run_generate(options: argparse.Namespace) -> None:
             on_tokens=stream,
             num_pages=options.num_pages,
             cache_dtype=options.cache_dtype,
-            implementation=options.implementation,
+            implementation=implementation,
             page_size=options.page_size,
             log=log,
         )
@@ -216,7 +219,10 @@ def _options_per_prompt(
 
 
 def _buckets(
-    options: argparse.Namespace, token_ids: Sequence[list[int]], asked: Sequence[PromptOptions]
+    options: argparse.Namespace,
+    token_ids: Sequence[list[int]],
+    asked: Sequence[PromptOptions],
+    implementation: str | ChoiceTable,
 ) -> list[Callable[[CompiledSteps], None]]:
     """What compiles, while the weights are being read, all that `generate` will run in one batch."""
     lens, limits = [len(ids) for ids in token_ids], [one.max_new_tokens for one in asked]
@@ -232,13 +238,13 @@ def _buckets(
             plan,
             greedy=all(one.sampling.temperature == 0 for one in asked),
             cache_dtype=options.cache_dtype,
-            implementation=options.implementation,
+            implementation=implementation,
         )
         if options.cache_dtype:
             compiled.calibrate(
                 dataclasses.replace(plan.bucket, pages=0),
                 cache_dtype=options.cache_dtype,
-                implementation=options.implementation,
+                implementation=implementation,
             )
 
     return [compile_run]

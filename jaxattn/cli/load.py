@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxattn.attention.api import IMPLEMENTATIONS
+from jaxattn.attention.implementations import IMPLEMENTATIONS
 from jaxattn.checkpoints import MANIFEST, load_config, load_model
 from jaxattn.models import CompiledSteps, DecoderConfig, Model
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import time
@@ -20,14 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from jaxattn.attention import mosaic
-from jaxattn.attention.api import attention, obstacle_to
+from jaxattn.attention.api import attention
 from jaxattn.attention.choice import default_device, describe_device, fastest
-from jaxattn.attention.choice_table import PHASES, VARIABLE, VERSION, Device, Layer, format_table, parse_table
+from jaxattn.attention.choice_table import PHASES, VERSION, Device, Layer
+from jaxattn.attention.support import unsupported_reason
 from jaxattn.batch.bucket import Bucket
 from jaxattn.cache.paged import PagedKVCache, init_cache, write_cache
 from jaxattn.cache.quantization import quantization_scale
@@ -198,7 +195,7 @@ def _tune_layer(
     announce: Callable[[str], None],
 ) -> _LayerTimes:
     spec = plan.spec(layer)
-    found = {name: obstacle_to(name, spec, layer, device) for name in plan.implementations}
+    found = {name: unsupported_reason(name, spec, layer, device) for name in plan.implementations}
     left_out = {name: why for name, why in found.items() if why is not None}
     medians: dict[str, dict[str, float]] = {}
     clocks = set()
@@ -324,55 +321,3 @@ def _output(*command: str) -> str | None:
         return None
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def run_tune(plan: TunePlan, out: Path, *, force: bool = False) -> None:
-    """Measure, write the table, and say what it holds and how it is used.
-
-    Args:
-        plan: What to measure.
-        out: The file.
-        force: Whether to replace a file that exists.
-
-    Raises:
-        ValueError: If the file exists or cannot be written, or no layer has a candidate.
-    """
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file in it")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; create it")
-    if out.exists() and not force:
-        raise ValueError(f"--out {out} exists; name another file, or replace it with --force")
-    for layer in plan.layers():
-        plan.spec(layer)  # raises before anything is measured
-    steps = len(plan.implementations) * sum(map(len, plan.layers().values()))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=steps)
-        done = iter(range(steps))
-        tuned = tune(
-            plan, announce=lambda what: progress.update(task, description=what, completed=next(done))
-        )
-    text = format_table(tuned.document)
-    rows = parse_table(text, str(out)).rows  # what is written can be read
-    for layer, reasons in tuned.unserved.items():
-        print(f"no row for {layer}: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}")
-    if not rows:
-        raise ValueError("no candidate serves any of these layers; nothing is written")
-    out.write_text(text, encoding="utf-8")
-    _print_rows(tuned.document["runs"][0]["rows"], plan.implementations)
-    print(f"wrote {len(rows)} rows to {out}; to choose by them:")
-    print(f"  export {VARIABLE}={shlex.quote(str(out.resolve()))}")
-
-
-def _print_rows(rows: list[dict[str, Any]], candidates: tuple[str, ...]) -> None:
-    table = Table("layer", "workload", *(f"{name}, ms" for name in candidates), "chosen")
-    for row in rows:
-        layer = str(Layer(*(row[name] for name in Layer._fields)))
-        chosen = row["implementation"]
-        for workload, medians in row["medians_ms"].items():
-            times = (f"{medians[name]:,.3f}" if name in medians else "–" for name in candidates)
-            table.add_row(layer, workload, *times, chosen)
-            layer = chosen = ""
-        for name, why in row.get("left_out", {}).items():
-            table.add_row("", f"{name} left out: {why}")
-    Console().print(table)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.ragged import abstract_batch
 from jaxattn.cache.quantization import is_quantized
@@ -62,7 +63,7 @@ class CompiledSteps:
         return tuple(str(name) for name, *_ in self.programs)
 
     @neutral_context()
-    def score(self, bucket: Bucket, *, implementation: str = "auto") -> Callable:
+    def score(self, bucket: Bucket, *, implementation: str | ChoiceTable = "auto") -> Callable:
         """The program `(params, batch) -> logits` of `steps.score`."""
         return self._compile(
             steps.score, self._params(), abstract_batch(bucket), implementation=implementation
@@ -70,7 +71,7 @@ class CompiledSteps:
 
     @neutral_context()
     def calibrate(
-        self, bucket: Bucket, *, cache_dtype: jax.typing.DTypeLike, implementation: str = "auto"
+        self, bucket: Bucket, *, cache_dtype: jax.typing.DTypeLike, implementation: str | ChoiceTable = "auto"
     ) -> Callable:
         """The program `(params, batch) -> scales` of `steps.calibrate`."""
         return self._compile(
@@ -93,7 +94,7 @@ class CompiledSteps:
         max_stop_tokens: int,
         greedy: bool = True,
         cache_dtype: jax.typing.DTypeLike | None = None,
-        implementation: str = "auto",
+        implementation: str | ChoiceTable = "auto",
     ) -> Callable:
         """The program `(params, cache, batch, options) -> (state, cache)` of `steps.prefill`."""
         return self._compile(
@@ -119,7 +120,7 @@ class CompiledSteps:
         max_stop_tokens: int,
         greedy: bool = True,
         cache_dtype: jax.typing.DTypeLike | None = None,
-        implementation: str = "auto",
+        implementation: str | ChoiceTable = "auto",
     ) -> Callable:
         """The program `(params, cache, state, options, num_steps) -> (state, cache)` of `steps.decode`."""
         return self._compile(
@@ -143,7 +144,7 @@ class CompiledSteps:
         page_size: int,
         num_pages: int,
         cache_dtype: jax.typing.DTypeLike | None = None,
-        implementation: str = "auto",
+        implementation: str | ChoiceTable = "auto",
     ) -> Callable:
         """The program `(params, cache, batch, sampling) -> (token_ids, cache)` of `steps.choose_tokens`."""
         return self._compile(

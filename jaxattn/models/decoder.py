@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.attention.layer import attend_layer
 from jaxattn.cache.paged import PagedKVCache
 from jaxattn.metadata.spec import AttentionSpec
@@ -39,7 +40,7 @@ def forward(
     metadata: AttentionMetadata,
     cache: None = None,
     *,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
 ) -> tuple[Array, PackedKV]: ...
 
 
@@ -51,7 +52,7 @@ def forward(
     metadata: AttentionMetadata,
     cache: Cache,
     *,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
 ) -> tuple[Array, Cache]: ...
 
 
@@ -62,7 +63,7 @@ def forward(
     metadata: AttentionMetadata,
     cache: Cache | None = None,
     *,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
 ) -> tuple[Float[Array, "T D"], Cache | PackedKV]:
     """Run the decoder over a ragged batch.
 
@@ -109,7 +110,7 @@ def _run_layer(
     spec: AttentionSpec,
     *,
     config: DecoderConfig,
-    implementation: str,
+    implementation: str | ChoiceTable,
 ) -> tuple[Float[Array, "T D"], Any]:
     """Hidden states after a layer, and its cache, or its keys and values."""
     h = rms_norm(x, layer["attention_norm"], config)

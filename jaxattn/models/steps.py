@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.batch.advance import advance
 from jaxattn.batch.ragged import RaggedBatch
 from jaxattn.cache.quantization import quantization_scale
@@ -22,7 +23,7 @@ from jaxattn_kernels.arrays import KVScales
 
 
 def score(
-    params: Params, batch: RaggedBatch, *, config: DecoderConfig, implementation: str
+    params: Params, batch: RaggedBatch, *, config: DecoderConfig, implementation: str | ChoiceTable
 ) -> Float[Array, "T V"]:
     """Logits of every token of an unpaged batch, without a cache."""
     metadata = prepare_metadata(batch, config.layer_specs())
@@ -31,7 +32,12 @@ def score(
 
 
 def calibrate(
-    params: Params, batch: RaggedBatch, *, config: DecoderConfig, cache_dtype: str, implementation: str
+    params: Params,
+    batch: RaggedBatch,
+    *,
+    config: DecoderConfig,
+    cache_dtype: str,
+    implementation: str | ChoiceTable,
 ) -> KVScales:
     """Scales `[L, K]` with which a packed batch's largest keys and values are the largest stored numbers."""
     metadata = prepare_metadata(batch, config.layer_specs())
@@ -52,7 +58,7 @@ def step(
     *,
     config: DecoderConfig,
     num_rows: int,
-    implementation: str,
+    implementation: str | ChoiceTable,
 ) -> tuple[Float[Array, "rows V"], Cache]:
     """One step over a paged batch: the logits of each row's last token, and the cache."""
     metadata = prepare_metadata(batch, config.layer_specs())
@@ -87,7 +93,7 @@ def choose_tokens(
     sampling: SamplingArrays,
     *,
     config: DecoderConfig,
-    implementation: str,
+    implementation: str | ChoiceTable,
 ) -> tuple[Int32[Array, " R"], Cache]:
     """One step over a paged batch: the next token of each row, and the cache."""
     logits, cache = step(
@@ -153,7 +159,7 @@ def prefill(
     decode_seqs: int,
     max_new_tokens: int,
     greedy: bool,
-    implementation: str,
+    implementation: str | ChoiceTable,
 ) -> tuple[Decoding, Cache]:
     """Prefill prompts, and choose the first new token of each.
 
@@ -193,7 +199,7 @@ def decode(
     *,
     config: DecoderConfig,
     greedy: bool,
-    implementation: str,
+    implementation: str | ChoiceTable,
 ) -> tuple[Decoding, Cache]:
     """Choose more tokens, in one loop on the device, until every row has ended.
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.attention.layer import attend_layer
 from jaxattn.cache.paged import PagedKVCache
 from jaxattn.metadata.spec import AttentionSpec
@@ -50,7 +51,7 @@ class Attention(nn.Module):
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.linear.default_kernel_init
     out_kernel_init: Initializer = nn.linear.default_kernel_init
-    implementation: str = "auto"
+    implementation: str | ChoiceTable = "auto"
 
     @overload
     def __call__(self, x: Array, metadata: AttentionMetadata) -> Array: ...

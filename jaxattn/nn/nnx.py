@@ -11,6 +11,7 @@ from flax.nnx.nn.linear import default_kernel_init
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.attention.layer import attend_layer
 from jaxattn.cache.paged import PagedKVCache
 from jaxattn.metadata.spec import AttentionSpec
@@ -53,7 +54,7 @@ class Attention(nnx.Module):
         precision: PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         out_kernel_init: Initializer = default_kernel_init,
-        implementation: str = "auto",
+        implementation: str | ChoiceTable = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         self.spec = spec

@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.batch.bucket import Bucket, BucketGrid, BucketPlan
 from jaxattn.batch.nest import nest_sequences
 from jaxattn.batch.ragged import RaggedBatch
@@ -59,7 +60,7 @@ def warmup(
     num_pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     cache_dtype: jax.typing.DTypeLike | None = None,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
     progress: bool = True,
 ) -> WarmupReport:
     """Compile what serving, or generating, in these buckets needs; programs that are there already are kept.
@@ -114,7 +115,7 @@ def measure_steps(
     *,
     num_pages: int,
     page_size: int = DEFAULT_PAGE_SIZE,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
     repeats: int = 5,
 ) -> list[float]:
     """Seconds of a server's step in each bucket, with greedy tokens, for `fit_cost`.

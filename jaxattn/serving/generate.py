@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.batch.bucket import Buckets
 from jaxattn.batch.nest import DEFAULT_GRID, nest_sequences
 from jaxattn.batch.numbers import positive_int
@@ -55,7 +56,7 @@ def generate(
     num_pages: int | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
     kv_scales: KVScales | None = None,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
     page_size: int = DEFAULT_PAGE_SIZE,
     grid: Buckets = DEFAULT_GRID,
     log: BatchLog | None = None,
@@ -178,7 +179,7 @@ def _decode_batch(
     num_steps: int,
     cache_dtype: jax.typing.DTypeLike,
     kv_scales: KVScales | None,
-    implementation: str,
+    implementation: str | ChoiceTable,
 ) -> Iterator[Decoding]:
     """Prefill, then decode until every prompt has ended: states, the first one with one token per prompt."""
     prefill, decode = compile_generation(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.batch.bucket import Buckets
 from jaxattn.batch.nest import DEFAULT_GRID, nest_sequences
 from jaxattn.batch.ragged import RaggedBatch
@@ -23,7 +24,7 @@ def compute_logits(
     model: Model,
     prompts: Sequence[Any],
     *,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
     grid: Buckets = DEFAULT_GRID,
 ) -> list[np.ndarray]:
     """Logits of every token of every prompt, in one ragged batch without padding between them.
@@ -51,7 +52,7 @@ def calibrate_kv_scales(
     prompts: Sequence[Any],
     cache_dtype: jax.typing.DTypeLike,
     *,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
     grid: Buckets = DEFAULT_GRID,
 ) -> KVScales:
     """Scales of a quantised cache, measured on prompts by a prefill that nothing quantises.

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.batch.bucket import Bucket, BucketGrid, Buckets, powers_of_two
 from jaxattn.batch.trace import BatchLog
 from jaxattn.cache.paged import DEFAULT_PAGE_SIZE
@@ -67,7 +68,7 @@ class Server:
         share_prefixes: bool = True,
         cache_dtype: jax.typing.DTypeLike | None = None,
         kv_scales: KVScales | None = None,
-        implementation: str = "auto",
+        implementation: str | ChoiceTable = "auto",
         grid: Buckets | None = None,
         log: BatchLog | None = None,
     ) -> None:
@@ -213,7 +214,7 @@ def serve(
     on_tokens: OnTokens | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
     kv_scales: KVScales | None = None,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
     **options: Any,
 ) -> list[list[int]]:
     """Continue every prompt, in continuous batches over a cache of limited size.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxattn.attention.choice_table import ChoiceTable
 from jaxattn.batch.bucket import Bucket, Buckets, quarter_steps
 from jaxattn.batch.nest import DEFAULT_GRID
 from jaxattn.batch.numbers import positive_int
@@ -131,7 +132,7 @@ def compile_generation(
     *,
     greedy: bool = True,
     cache_dtype: jax.typing.DTypeLike | None = None,
-    implementation: str = "auto",
+    implementation: str | ChoiceTable = "auto",
 ) -> tuple[Callable, Callable]:
     """Compile the three programs of a run in one batch: its empty cache, its prefill, its decode loop.
 

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import jax
 
+TRITON_MAX_HEAD_DIM = 256
+"""The largest head that the Triton kernels serve; here, where it can be read without their compiler."""
+
 
 class TileArrays(NamedTuple):
     """A list of W tiles, as int32 arrays of length W (see `jaxattn.metadata.schedule.Tiles`)."""

@@ -15,6 +15,7 @@ from oracle import Problem, attend_dense_with_lse
 from tolerances import assert_as_good_as
 
 from jaxattn import AttentionSpec, Bucket, attention, choose_implementation, nest_sequences, prepare_metadata
+from jaxattn.attention import choice as choice_module
 from jaxattn.measuring.workloads import ODD, Workload, nest_workload
 from jaxattn.metadata import MissingFieldError
 
@@ -515,7 +516,7 @@ class TestChoice:
     )
     def test_gpu_that_the_kernel_does_not_serve(self, monkeypatch, capability, reason):
         device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        monkeypatch.setattr("jaxattn.attention.choice.default_device", lambda: device)
+        monkeypatch.setattr(choice_module, "default_device", lambda: device)
         choice = choose_implementation(self.spec)
         assert choice.implementation == "xla"
         assert reason in choice.reason
@@ -530,7 +531,7 @@ class TestChoice:
     )
     def test_float8_needs_a_gpu_that_reads_it(self, monkeypatch, capability, chosen):
         device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        monkeypatch.setattr("jaxattn.attention.choice.default_device", lambda: device)
+        monkeypatch.setattr(choice_module, "default_device", lambda: device)
         choice = choose_implementation(self.spec, dtype="bfloat16", kv_dtype="float8_e4m3fn")
         assert choice.implementation == chosen
         for kv_dtype in ("int8", "float8_e5m2"):

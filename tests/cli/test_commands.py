@@ -10,7 +10,8 @@ import pytest
 import tiny_tokenizers
 
 from jaxattn import DecoderConfig, Model, Sampling, compute_logits, generate, load_tokenizer, save_params
-from jaxattn.attention.choice_table import VARIABLE, read_table
+from jaxattn.attention.choice_table import read_table
+from jaxattn.cli.choices import VARIABLE
 from jaxattn.cli.main import run
 from jaxattn.measuring import tune
 from jaxattn.measuring.timing import Measured
@@ -329,7 +330,7 @@ def test_tune_replaces_a_file_if_forced(tmp_path, capsys, monkeypatch):
     out.write_text("{}")
     options = ["--quick", "--page-size", "none", "--head-dim", "16", "--implementation", "xla"]
     assert run(["tune", *options, "--out", str(out), "--force"]) == 0
-    assert len(read_table(out).rows) == 1
+    assert len(read_table(out).facts) == 1
     assert (
         run(["tune", "--page-size", "none", "--implementation", "mosaic", "--out", str(tmp_path / "b")]) == 2
     )
@@ -344,7 +345,7 @@ def test_tune_a_quantised_cache(tmp_path, monkeypatch):
     out = tmp_path / "choices.json"
     options = ["--quick", "--page-size", "16", "--head-dim", "16", "--implementation", "xla"]
     assert run(["tune", *options, "--cache-dtype", "int8", "--out", str(out)]) == 0
-    assert [row.kv_dtype for row in read_table(out).rows] == 2 * [("float32",)] + 2 * [("int8",)]
+    assert [row.kv_dtype for row in read_table(out).facts] == 2 * [("float32",)] + 2 * [("int8",)]
 
 
 @pytest.mark.parametrize(

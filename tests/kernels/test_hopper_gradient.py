@@ -33,8 +33,8 @@ from tolerances import assert_as_good_as
 from jaxattn import AttentionSpec, Bucket, attention
 from jaxattn.attention import mosaic_gradient, xla
 from jaxattn.attention import vjp as gradients
-from jaxattn.attention.api import gradient_of
 from jaxattn.attention.choice_table import Device
+from jaxattn.attention.support import gradient_of
 from jaxattn.measuring.workloads import ODD, Workload
 from jaxattn_kernels.arrays import Attended
 from jaxattn_kernels.mosaic_gpu import hopper_gradient as kernel

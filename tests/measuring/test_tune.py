@@ -42,13 +42,13 @@ def test_a_table_that_can_be_followed():
     assert announced == [f"{LAYER}: decode: xla", f"{LAYER}: decode: reference"]
     assert tuned.unserved == {}
     table = parse_table(json.dumps(tuned.document), "own.json")
-    (row,) = table.rows
-    assert row.matches(LAYER, describe_device())
-    assert row.medians_ms["decode"].keys() == {"xla", "reference"}
-    assert row.provenance["clock"] == "host"
-    assert row.provenance["heads"] == "2/1"
+    (fact,) = table.facts
+    assert fact.matches(LAYER, describe_device())
+    assert fact.medians_ms["decode"].keys() == {"xla", "reference"}
+    assert fact.provenance["clock"] == "host"
+    assert fact.provenance["heads"] == "2/1"
     choice = choose_implementation(PLAN.spec(LAYER), page_size=16, phase="decode", table=table)
-    assert choice.implementation == row.implementation
+    assert choice.implementation == fact.implementation
     assert "own.json runs[0].rows[0]" in choice.reason
 
 
@@ -145,14 +145,14 @@ def test_packed_keys_have_no_decode_and_no_context():
 def test_a_quantised_cache_is_measured_too(dtype):
     plan = dataclasses.replace(PLAN, cache_dtypes=(dtype,), page_sizes=(16, None))
     table = parse_table(json.dumps(tune(plan).document), "own.json")
-    assert [row.kv_dtype for row in table.rows] == [("float32",), (dtype,)]
+    assert [fact.kv_dtype for fact in table.facts] == [("float32",), (dtype,)]
     quantised = LAYER._replace(kv_dtype=dtype)
-    assert [row.matches(quantised, describe_device()) for row in table.rows] == [False, True]
-    assert table.rows[1].medians_ms["decode"].keys() == {"xla", "reference"}, "they agree"
+    assert [fact.matches(quantised, describe_device()) for fact in table.facts] == [False, True]
+    assert table.facts[1].medians_ms["decode"].keys() == {"xla", "reference"}, "they agree"
     choice = choose_implementation(
         plan.spec(quantised), kv_dtype=dtype, page_size=16, phase="decode", table=table
     )
-    assert choice.implementation == table.rows[1].implementation
+    assert choice.implementation == table.facts[1].implementation
     assert "own.json runs[0].rows[1]" in choice.reason
 
 

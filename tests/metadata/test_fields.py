@@ -8,7 +8,7 @@ import pytest
 from field_tables import consumers_of, rewrite
 
 from jaxattn import AttentionSpec, RopeConfig, nest_sequences, prepare_metadata
-from jaxattn.attention.api import IMPLEMENTATIONS
+from jaxattn.attention.implementations import IMPLEMENTATIONS
 from jaxattn.batch.ragged import RaggedBatch, field_slices
 from jaxattn.metadata import CONSUMERS, MissingFieldError
 from jaxattn.metadata.cascade import Cascade

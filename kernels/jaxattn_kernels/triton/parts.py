@@ -23,8 +23,6 @@ from jaxattn_kernels.arrays import TileArrays
 LOG2E = math.log2(math.e)
 # The narrowest operand of a tensor-core product.
 MIN_DOT = 16
-MAX_HEAD_DIM = 256
-"""The largest head that the kernels serve."""
 MAX_PROGRAMS = 512
 """Programs of one launch, at most: what the largest GPUs run at once, three or four on each multiprocessor.
 Where a list has room for more units, each program takes every 512th of those that are live, so that room
