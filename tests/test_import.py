@@ -1,4 +1,4 @@
-"""What `import jaxattn` loads, and what attention on a CPU: a light door, and backends that load when chosen."""
+"""What `import jaxattn` loads, and attention on a CPU: a light door, and backends that load when chosen."""
 
 import subprocess
 import sys

@@ -113,7 +113,7 @@ def test_metadata_hold_what_the_platform_reads():
         attend(Q, K, V, SINKS, metadata=for_xla), attend(Q, K, V, SINKS, implementation="xla")
     )
     for_triton = prepare_metadata(batch, SPEC, consumers="triton")
-    with pytest.raises(MissingFieldError, match="'schedules' holds no .* only \\["):
+    with pytest.raises(MissingFieldError, match=r"'schedules' holds no .* only \["):
         attend(Q, K, V, SINKS, metadata=for_triton)
 
 
