@@ -136,8 +136,8 @@ for row in tuned.document["runs"][0]["rows"]:
         print(f"{row['phase']:8} {workload:10} {shown}  ->  {row['implementation']}")
 
 # %% [markdown]
-# Kept in a file, and named in the environment variable `JAXATTN_CHOICES` or as an argument, it stands
-# before the facts that come with the library:
+# Kept in a file, it stands before the facts that come with the library, where it is given as an argument
+# (`implementation=read_table(...)`), or to the command line by the environment variable `JAXATTN_CHOICES`:
 
 # %%
 table = Path(tempfile.mkdtemp()) / "my-choices.json"
