@@ -74,6 +74,12 @@ def pytest_report_header():
     return f"rotation {effort.ROTATION or 'none'}, part {part} of {parts}"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and effort.SHARD[1] > 1:
+        session.exitstatus = pytest.ExitCode.OK  # a small part of few tests may be none
+
+
 @pytest.fixture
 def no_races(capsys):
     """The simulator of GPUs reported no race (see `simulator.py`)."""

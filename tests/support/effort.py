@@ -28,7 +28,7 @@ THOROUGH = 5000
 """Examples of the tests marked `slow`."""
 PARTS = 10
 """Tests among which the thorough examples of a law are divided: in shards, none should take long alone."""
-SHARDS = 61
+SHARDS = 43
 """Parts of the thorough run. A prime: landings of several commits each still come to all parts."""
 TESTS = Path(__file__).parents[1]
 INTERPRETED_WITH = ("kernels", "laws", "compile")
