@@ -5,7 +5,8 @@ The Triton kernel runs in Pallas's interpreter. Where a law says "no bit", it is
 `triton`; the reference sums over one key axis of all sequences, and is held to rounding there.
 
 Elsewhere: law 9 (the compiled program holds each computation once, and is never dearer than a
-specialised one) in `test_never_dearer.py`, law 10 (exports and imports) in `test_exports.py`.
+specialised one) in `metadata/test_never_dearer.py`, law 10 (exports and imports) in
+`interop/test_conventions.py`.
 """
 
 from __future__ import annotations
