@@ -17,7 +17,7 @@ from jaxattn import AttentionSpec, Bucket, prepare_metadata
 from jaxattn.batch.nest import DEFAULT_GRID
 from jaxattn.measuring.workloads import SERVING, Workload, nest_workload, random_page_tables
 from jaxattn.metadata.consumers import triton_tiling
-from jaxattn.metadata.schedule import Tiles
+from jaxattn_kernels.arrays import Tiles
 from jaxattn_kernels.triton.forward import config_for
 from jaxattn_kernels.triton.parts import KernelConfig
 

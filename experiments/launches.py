@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from pictures import grouped_bars, level, white_figure
 from rich.progress import track
 
-from jaxattn.metadata.schedule import Tiles
-from jaxattn_kernels.triton.parts import MAX_PROGRAMS
+from jaxattn_kernels.arrays import Tiles
+from jaxattn_kernels.triton.launch import MAX_TRITON_PROGRAMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +86,8 @@ def launches_of(tiles: Tiles, kernel: str) -> list[Launch]:
 def _launch(kernel: str, room: int, live: int, working: int, parts: int) -> Launch:
     """A launch over a list with room for so many units; where programs are fewer, they visit live ones."""
     places = room * parts
-    visited = places if places <= MAX_PROGRAMS else live * parts
-    return Launch(kernel, places, min(places, MAX_PROGRAMS), visited, working * parts)
+    visited = places if places <= MAX_TRITON_PROGRAMS else live * parts
+    return Launch(kernel, places, min(places, MAX_TRITON_PROGRAMS), visited, working * parts)
 
 
 def total(launches: Sequence[Launch]) -> Launch:
@@ -128,8 +128,8 @@ def orders(costs: np.ndarray) -> dict[str, float]:
     times = {
         "as listed": makespan(costs),
         "longest first": makespan(best),
-        "strided": makespan(strided(best, MAX_PROGRAMS, serpentine=False)),
-        "serpentine": makespan(strided(best, MAX_PROGRAMS, serpentine=True)),
+        "strided": makespan(strided(best, MAX_TRITON_PROGRAMS, serpentine=False)),
+        "serpentine": makespan(strided(best, MAX_TRITON_PROGRAMS, serpentine=True)),
         "a program per slot": makespan(strided(best, SLOTS, serpentine=True)),
     }
     return {name: time / even for name, time in times.items()}

@@ -35,7 +35,7 @@ from pictures import grouped_bars, level, white_figure
 from rich.progress import track
 
 from jaxattn.metadata.consumers import SPLIT_KEYS
-from jaxattn.metadata.schedule import Tiles
+from jaxattn_kernels.arrays import Tiles
 
 BY_BATCH = ("fits", "even")
 """The policies that depend on the batch."""

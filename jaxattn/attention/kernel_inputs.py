@@ -1,4 +1,4 @@
-"""What the Pallas kernels take of the metadata, as arrays: they know nothing of its classes."""
+"""The part of the metadata that the Pallas kernels read, selected for one layer."""
 
 from __future__ import annotations
 
@@ -7,19 +7,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.metadata.schedule import SplitPlan, Tiles, Tiling
+from jaxattn.metadata.schedule import Tiling
 from jaxattn.metadata.spec import AttentionSpec
 from jaxattn.metadata.superset import AttentionMetadata
-from jaxattn_kernels.arrays import (
-    Attended,
-    GradientInputs,
-    KeyLookup,
-    KeyTileArrays,
-    SplitArrays,
-    TileArrays,
-    TileList,
-    VisibleRange,
-)
+from jaxattn_kernels.arrays import Attended, GradientInputs, KeyLookup, KeyTiles, Tiles, VisibleRange
 
 
 class KernelInputs(NamedTuple):
@@ -33,7 +24,7 @@ class KernelInputs(NamedTuple):
 
     visible: VisibleRange
     lookup: KeyLookup
-    tile_lists: tuple[TileList, ...]
+    tile_lists: tuple[Tiles, ...]
 
 
 def kernel_inputs(metadata: AttentionMetadata, spec: AttentionSpec, tiling: Tiling) -> KernelInputs:
@@ -55,7 +46,7 @@ def kernel_inputs(metadata: AttentionMetadata, spec: AttentionSpec, tiling: Tili
     return KernelInputs(
         visible=VisibleRange(visible.kv_start, visible.kv_end),
         lookup=lookup,
-        tile_lists=tuple(_tile_list(tiles) for tiles in visible.schedule(tiling).lists),
+        tile_lists=visible.schedule(tiling).lists,
     )
 
 
@@ -66,13 +57,13 @@ class GradientWork(NamedTuple):
         inputs: What they read.
         tile_lists: Tiles of queries.
         key_tiles: Tiles of keys.
-        num_rows: Rows of the gradients of keys and values (see `gradients.Gradients`).
+        num_rows: Rows of the gradients of keys and values (see `vjp.Gradients`).
         key_dtype: Their dtype.
     """
 
     inputs: GradientInputs
-    tile_lists: tuple[TileList, ...]
-    key_tiles: KeyTileArrays
+    tile_lists: tuple[Tiles, ...]
+    key_tiles: KeyTiles
     num_rows: int
     key_dtype: Any
 
@@ -105,30 +96,13 @@ def gradient_work(
         MissingFieldError: If `prepare_metadata` was not asked for the tiles.
     """
     visible, lookup, tile_lists = kernel_inputs(metadata, spec, tiling)
-    found = metadata.visible_keys(spec.window_class).key_tiles_of(key_block)
     flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (k, v))
     page_size = metadata.page_size
     return GradientWork(
         GradientInputs(visible, lookup, q, flat_k, flat_v, results, d_results),
         tile_lists,
-        KeyTileArrays(
-            found.seq, found.kv_start, found.kv_end, found.q_start, found.q_end, found.num_live[None]
-        ),
+        metadata.visible_keys(spec.window_class).key_tiles_of(key_block),
         num_rows=k.shape[0] if page_size is None else metadata.page_list.shape[0] * page_size,
         # Sums over sequences that share a page are still to come.
         key_dtype=k.dtype if page_size is None else jnp.float32,
     )
-
-
-def _tile_list(tiles: Tiles) -> TileList:
-    return TileList(
-        tiles=TileArrays(tiles.seq, tiles.q_start, tiles.q_len, tiles.kv_start, tiles.kv_end),
-        block_q=tiles.block_q,
-        split=None if tiles.split is None else _split_arrays(tiles.split),
-        order=tiles.order,
-        num_live=tiles.num_live[None],
-    )
-
-
-def _split_arrays(split: SplitPlan) -> SplitArrays:
-    return SplitArrays(split.tile, split.kv_start, split.kv_end, split.indptr)

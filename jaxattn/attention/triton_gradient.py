@@ -50,7 +50,7 @@ def attend_backward(
         windowed = spec.window_class.span is not None
         dq, delta = kernel.queries_gradient(work.inputs, work.tile_lists, windowed=windowed, **options)
         dk, dv = kernel.keys_gradient(
-            work.inputs, delta, work.key_tiles, KEY_BLOCK, work.num_rows, work.key_dtype, **options
+            work.inputs, delta, work.key_tiles, work.num_rows, work.key_dtype, **options
         )
         return Gradients(dq, dk, dv, delta)
 

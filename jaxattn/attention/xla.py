@@ -15,11 +15,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxattn.metadata.consumers import xla_tiling
-from jaxattn.metadata.schedule import Tiles
 from jaxattn.metadata.spec import AttentionSpec, softmax_dtype
 from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn.metadata.visible import VisibleKeys
-from jaxattn_kernels.arrays import KVScales
+from jaxattn_kernels.arrays import KVScales, Tiles
 
 # Keys per block. Constants, not functions of the bucket: a sum in other blocks has other bits.
 SHORT_BLOCK_K = 512

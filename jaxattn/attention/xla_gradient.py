@@ -13,11 +13,10 @@ from jaxtyping import Array, Float, Int32
 from jaxattn.attention.vjp import Gradients, first_listed, listed_keys
 from jaxattn.attention.xla import LONG_BLOCK_K, SHORT_BLOCK_K, product
 from jaxattn.metadata.consumers import xla_tiling
-from jaxattn.metadata.schedule import Tiles
 from jaxattn.metadata.spec import AttentionSpec, softmax_dtype
 from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn.metadata.visible import VisibleKeys
-from jaxattn_kernels.arrays import Attended
+from jaxattn_kernels.arrays import Attended, Tiles
 
 
 def attend_backward(

@@ -15,6 +15,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, overload
 
+from jaxattn_kernels.arrays import described as described
+
 
 class FieldInfo(NamedTuple):
     """A row of the table of fields.
@@ -145,11 +147,6 @@ def fields_of(kind: type) -> dict[str, MetadataField]:
 def _definitions(kind: type) -> dict[str, MetadataField]:
     members = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
     return {name: member for name, member in members.items() if isinstance(member, MetadataField)}
-
-
-def described(meaning: str, also_called: str = "") -> Any:
-    """A field of a record: a dataclass field with its meaning and its other names."""
-    return dataclasses.field(metadata={"meaning": meaning, "also_called": also_called})
 
 
 def field_table(kind: type) -> list[FieldInfo]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int32
 
 from jaxattn.batch.bucket import Bucket
 from jaxattn.batch.segments import prefix_sums, segment_of
-from jaxattn.metadata.fields import described
+from jaxattn_kernels.arrays import KeyTiles, SplitPlan, Tiles
 
 
 class Tiling(NamedTuple):
@@ -42,67 +42,6 @@ class Tiling(NamedTuple):
     long_q: int
     split_keys: int | None = None
     longest_first: bool = False
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
-    """A list of W tiles. Live tiles stand first; the rest have `q_len` 0.
-
-    Tokens past `num_tokens` form one more sequence, of row R and without keys: its tiles come
-    last among the live ones, and a backend that runs them writes zeros there.
-    """
-
-    seq: Int32[Array, " W"] = described("row of the tile's sequence; R for padding tokens", "request_indices")
-    q_start: Int32[Array, " W"] = described(
-        "first query token of the tile, on the packed token axis", "qo_tile_indices, in tiles"
-    )
-    q_len: Int32[Array, " W"] = described("query tokens in the tile, at most `block_q`; 0 for a dead tile")
-    kv_start: Int32[Array, " W"] = described(
-        "first key that any token of the tile sees, as a position in the sequence", "lower_bounds"
-    )
-    kv_end: Int32[Array, " W"] = described(
-        "one past the last such key; equal to `kv_start` where none is seen", "upper_bounds"
-    )
-    num_attending: Int32[Array, ""] = described("tiles of real sequences; they come first")
-    num_live: Int32[Array, ""] = described("tiles with query tokens, those of the padding included")
-    order: Int32[Array, " W"] | None = described(
-        "tiles by descending number of keys, dead ones last, where the tiling asks for it", "varlen_batch_idx"
-    )
-    split: SplitPlan | None
-    block_q: int = field(metadata={"static": True})
-
-    def _repr_html_(self) -> str:
-        from jaxattn.viz.cards import record_card  # when looked at
-
-        return record_card(self)
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitPlan:
-    """U units of work, each a tile and some of its keys, and how their results are merged.
-
-    The keys of a tile are cut at multiples of `split_keys`, counted from the sequence's first key,
-    so the cut depends on nothing but the tile. The units of a tile stand together; a tile without
-    keys has one, so that its zeros are written. With the partial results of units
-    `indptr[w] .. indptr[w + 1]`, each with its log-sum-exp, tile w is merged.
-    """
-
-    tile: Int32[Array, " U"] = described("tile of the unit; W for a dead unit", "batch_indices")
-    kv_start: Int32[Array, " U"] = described("first key of the unit", "kv_tile_indices, in chunks")
-    kv_end: Int32[Array, " U"] = described("one past its last key")
-    indptr: Int32[Array, " W_plus_1"] = described(
-        "prefix sums of the units of each tile", "o_indptr, merge_indptr"
-    )
-    split_keys: int = field(metadata={"static": True})
-
-    def _repr_html_(self) -> str:
-        from jaxattn.viz.cards import record_card  # when looked at
-
-        return record_card(self)
 
 
 @no_type_check
@@ -132,31 +71,15 @@ class TileSchedule:
         return schedule_card(self)
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyTiles:
-    """The transposed list, for gradients of keys: W tiles of the key axis, and which queries see them.
+def _card(record: Any) -> str:
+    from jaxattn.viz.cards import record_card  # when looked at
 
-    Every key of every sequence stands in exactly one tile; tiles begin at multiples of `block_k` from
-    their sequence's first key. Live tiles stand first; the rest have no keys. The queries that see some
-    key of a tile are neighbours, since ranges never decrease within a sequence.
-    """
+    return record_card(record)
 
-    seq: Int32[Array, " W"] = described("row of the tile's sequence; 0 for a dead tile")
-    kv_start: Int32[Array, " W"] = described("first key of the tile, as a position in the sequence")
-    kv_end: Int32[Array, " W"] = described("one past its last key; equal to `kv_start` for a dead tile")
-    q_start: Int32[Array, " W"] = described(
-        "first query token that sees a key of the tile, on the packed token axis", "q_indices of a block mask"
-    )
-    q_end: Int32[Array, " W"] = described("one past the last such token")
-    num_live: Int32[Array, ""] = described("tiles with keys")
-    block_k: int = field(metadata={"static": True})
 
-    def _repr_html_(self) -> str:
-        from jaxattn.viz.cards import record_card  # when looked at
-
-        return record_card(self)
+# The kernels, where these are declared, know of no notebook.
+for _record in (Tiles, SplitPlan, KeyTiles):
+    setattr(_record, "_repr_html_", _card)  # noqa: B010
 
 
 def tile_bound(tokens: int, rows: int, block_q: int, min_q: int = 1) -> int:

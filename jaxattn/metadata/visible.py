@@ -19,8 +19,9 @@ from jaxattn.metadata.fields import (
     formulas_of,
     metadata_field,
 )
-from jaxattn.metadata.schedule import KeyTiles, TileSchedule, Tiling, schedule_key_tiles, schedule_tiles
+from jaxattn.metadata.schedule import TileSchedule, Tiling, schedule_key_tiles, schedule_tiles
 from jaxattn.metadata.spec import Visibility
+from jaxattn_kernels.arrays import KeyTiles
 
 
 class ClassInputs(NamedTuple):

@@ -12,12 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from jaxattn.metadata.consumers import triton_tiling
-from jaxattn.metadata.schedule import Tiles
 from jaxattn.metadata.spec import AttentionSpec
 from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn.viz.style import EMPTY, INK, color_of, count, legend, panels, picture, sequence_handles
+from jaxattn_kernels.arrays import Tiles
 from jaxattn_kernels.triton.forward import config_for
-from jaxattn_kernels.triton.parts import MAX_PROGRAMS, block_of
+from jaxattn_kernels.triton.launch import (
+    MAX_TRITON_PROGRAMS,
+    live_units,
+    room_for_units,
+    unit_of,
+    work_item,
+)
+from jaxattn_kernels.triton.parts import Shape, block_of
 
 MAX_SPACED = 96
 """Programs of a picture that has room for gaps between them."""
@@ -64,33 +71,36 @@ class Launch(NamedTuple):
 
 
 def launch_of(tiles: Tiles, spec: AttentionSpec, *, itemsize: int = 2) -> Launch:
-    """Who does what in the launch for a list of tiles, by the rule of `jaxattn_kernels.triton.parts.launch`.
+    """Who does what in the launch for a list of tiles, by the kernel's own arithmetic.
 
     Args:
         tiles: The list, of the Triton kernel's tiling.
         spec: The layer.
         itemsize: Bytes per element of queries and keys, on which the size of a program depends.
     """
-    G, K = spec.group_size, spec.num_kv_heads
-    config = config_for(block_rows=block_of(tiles.block_q * G), head_dim=spec.head_dim, itemsize=itemsize)
-    block_q = max(1, min(tiles.block_q, config.max_rows // G))
-    per_unit = K * -(-tiles.block_q // block_q)
-    unit_tiles, starts, ends, room = _units(tiles)
-    place = np.arange(len(unit_tiles) * per_unit)
-    programs = min(room * per_unit, MAX_PROGRAMS)
-    unit, head, part = place // per_unit, place % K, place % per_unit // K
-    tile = unit_tiles[unit]
-    has_rows = np.asarray(tiles.q_len)[tile] > part * block_q
-    first, end = starts[unit] // config.block_k, -(-ends[unit] // config.block_k)
+    N, K, H = spec.num_q_heads, spec.num_kv_heads, spec.head_dim
+    config = config_for(block_rows=block_of(tiles.block_q * (N // K)), head_dim=H, itemsize=itemsize)
+    shape = Shape.of_launch(config, (0, N, H), K, tiles.block_q)  # how many tokens there are changes nothing
+    programs = min(room_for_units(tiles) * shape.items_per_unit, MAX_TRITON_PROGRAMS)
+    num_items = int(live_units(tiles)) * shape.items_per_unit
+    turn, program = (x.ravel() for x in np.indices((-(-num_items // MAX_TRITON_PROGRAMS), programs)))
+    item = np.asarray(work_item(turn, program))
+    in_order = np.argsort(item)[:num_items]
+    turn, program, item = turn[in_order], program[in_order], item[in_order]
+    number, head, part = shape.split_item(item)
+    unit = unit_of(tiles, number)
+    tile, key_start, key_end = (np.asarray(x) for x in (unit.tile, unit.key_start, unit.key_end))
+    has_rows = np.asarray(tiles.q_len)[tile] > part * shape.block_q
+    num_blocks = -(-key_end // config.block_k) - key_start // config.block_k
     merged = 0 if tiles.split is None else int((np.diff(np.asarray(tiles.split.indptr)) > 1).sum())
     return Launch(
         programs=programs,
-        program=_program_of(place)[has_rows],
-        turn=(place // MAX_PROGRAMS)[has_rows],
+        program=program[has_rows],
+        turn=turn[has_rows],
         tile=tile[has_rows],
         head=head[has_rows],
         seq=np.asarray(tiles.seq)[tile][has_rows],
-        keys=((end - first) * config.block_k)[has_rows],
+        keys=(num_blocks * config.block_k)[has_rows],
         merged=merged,
     )
 
@@ -124,25 +134,6 @@ def plot_programs(metadata: AttentionMetadata, spec: AttentionSpec, *, itemsize:
     labels = [f"sequence {s}" for s in range(int(metadata.num_seqs))]
     legend(figure, [*sequence_handles(labels), Patch(color=EMPTY, label="zeros for padding")])
     return figure
-
-
-def _units(tiles: Tiles) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Of each live unit, in the order of the launch, its tile and its keys; and the room for units."""
-    if tiles.split is None:
-        live = int(tiles.num_live)
-        order = np.arange(tiles.seq.shape[0]) if tiles.order is None else np.asarray(tiles.order)
-        tile = order[:live]
-        return tile, np.asarray(tiles.kv_start)[tile], np.asarray(tiles.kv_end)[tile], tiles.seq.shape[0]
-    live, split = int(tiles.split.indptr[-1]), tiles.split
-    unit = np.arange(live)
-    tile, starts, ends = (np.asarray(x)[unit] for x in (split.tile, split.kv_start, split.kv_end))
-    return tile, starts, ends, split.tile.shape[0]
-
-
-def _program_of(place: np.ndarray) -> np.ndarray:
-    """The program that a place of the work list falls to: they take turns, on odd rounds backwards."""
-    turn = place % MAX_PROGRAMS
-    return np.where(place // MAX_PROGRAMS % 2 == 0, turn, MAX_PROGRAMS - 1 - turn)
 
 
 def _draw(ax: Axes, name: str, launch: Launch, padding_row: int) -> None:

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from jaxattn.batch.ragged import RaggedBatch
-from jaxattn.metadata.schedule import Tiles
 from jaxattn.metadata.spec import Visibility, WindowClass
 from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn.metadata.visible import VisibleKeys
 from jaxattn.viz.style import EMPTY, FAINT, INK, color_of, count, legend, panels, picture, sequence_handles
+from jaxattn_kernels.arrays import Tiles
 
 
 def plot_schedule(batch: RaggedBatch, metadata: AttentionMetadata, *, tiling_index: int = 0) -> Figure:

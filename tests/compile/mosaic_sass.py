@@ -22,6 +22,7 @@ import sys
 import deviceless
 import jax
 import jax.numpy as jnp
+from abstract_lists import abstract_key_tiles, abstract_tiles, ints
 from jaxattn_kernels.arrays import *
 
 target, module = sys.argv[1:3]
@@ -31,34 +32,28 @@ kernel = importlib.import_module(module)
 tokens, rows, pages, num_kv_heads = 1024, 16, 512, 4
 block_q = max(1, 64 // group_size) * (1 + is_long)
 
-
-def ints(n):
-    return jax.ShapeDtypeStruct((n,), jnp.int32)
-
-
 q = jax.ShapeDtypeStruct((tokens, num_kv_heads * group_size, head_dim), jnp.bfloat16)
 k = jax.ShapeDtypeStruct((pages * page_size or tokens, num_kv_heads, head_dim), jnp.bfloat16)
 num_tiles = 600 if masked else 64  # more than a launch has programs, and fewer
-tiles = TileArrays(*[ints(num_tiles)] * 5)
+num_units = num_tiles + 100 if is_split else None
+tiles = abstract_tiles(num_tiles, block_q, num_units=num_units)
 visible = VisibleRange(ints(tokens), ints(tokens))
 """
 """The arguments, and arrays of which programs are made."""
 
 FORWARD = """
-def attend(q, k, v, visible, start, page_list, tiles, split, sinks):
+def attend(q, k, v, visible, start, page_list, tiles, sinks):
     return kernel.ragged_attention(
         q, k, v, visible,
         KeyLookup(start, page_list if page_size else None),
-        (TileList(tiles, block_q, split),),
+        (tiles,),
         sinks=sinks if masked else None, page_size=page_size or None, scale=0.1,
         logits_soft_cap=30.0 if masked else None, windowed=bool(masked),
     )
 
 
-units = ints(num_tiles + 100)
-split = SplitArrays(units, units, units, ints(num_tiles + 1)) if is_split else None
 sinks = jax.ShapeDtypeStruct((q.shape[1],), jnp.float32)
-deviceless.compile_for(target, attend, q, k, k, visible, ints(rows + 1), ints(pages), tiles, split, sinks)
+deviceless.compile_for(target, attend, q, k, k, visible, ints(rows + 1), ints(pages), tiles, sinks)
 """
 
 

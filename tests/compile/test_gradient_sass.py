@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from abstract_lists import abstract_key_tiles, abstract_tiles
 from deviceless import H200, OPTIMISED, TARGETS, Kernel, compile_for, lower_for
 from resources import check
 from test_sass import MAIN, PRODUCTS, Case, resources_by_key, stays_in_registers
@@ -24,9 +25,6 @@ from jaxattn_kernels.arrays import (
     Attended,
     GradientInputs,
     KeyLookup,
-    KeyTileArrays,
-    TileArrays,
-    TileList,
     VisibleRange,
 )
 from jaxattn_kernels.triton.gradient import keys_gradient, queries_gradient
@@ -77,25 +75,21 @@ def program_of(case: Case) -> tuple[Any, ...]:
         "interpret": False,
     }
 
-    def go_back(visible, start, page_list, q, k, results, short, long, order, num_live, keys):
+    def go_back(visible, start, page_list, q, k, results, lists, keys):
         lookup = KeyLookup(start, page_list if case.page_size else None)
         inputs = GradientInputs(visible, lookup, q, k, k, results, results)
-        lists = (
-            TileList(short, tiling.short_q, None, None, num_live),
-            TileList(long, tiling.long_q, None, order, num_live),
-        )
         dq, delta = queries_gradient(inputs, lists, windowed=case.windowed, **options)
         dtype = q.dtype if case.page_size is None else jnp.float32
-        return dq, keys_gradient(inputs, delta, keys, KEY_BLOCK, k.shape[0], dtype, **options)
+        return dq, keys_gradient(inputs, delta, keys, k.shape[0], dtype, **options)
 
     q = array(tokens, N, H, dtype=case.dtype)
     k = array(pages * (case.page_size or 16), K, H, dtype=case.dtype)
     visible = VisibleRange(array(tokens), array(tokens))
     results = Attended(q, array(tokens, N, dtype=jnp.float32))
     # More tiles than a launch has programs: each loops over its share, and needs registers for that too.
-    listed, keys = TileArrays(*[array(tiles)] * 5), KeyTileArrays(*[array(tiles)] * 5, num_live=array(1))
-    work: tuple[Any, ...] = (listed, listed, array(tiles), array(1), keys)
-    return go_back, visible, array(rows + 1), array(pages), q, k, results, *work
+    lists = abstract_tiles(tiles, tiling.short_q), abstract_tiles(tiles, tiling.long_q, has_order=True)
+    keys = abstract_key_tiles(tiles, KEY_BLOCK)
+    return go_back, visible, array(rows + 1), array(pages), q, k, results, lists, keys
 
 
 @pytest.mark.thinned(3)

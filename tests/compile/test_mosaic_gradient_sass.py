@@ -14,7 +14,7 @@ from jaxattn_kernels.mosaic_gpu.hopper_gradient import HEAD_DIMS
 pytestmark = pytest.mark.compile
 
 PROGRAM = """
-def go_back(q, k, results, visible, start, page_list, tiles, key_tiles):
+def go_back(q, k, results, visible, start, page_list, lists, key_tiles):
     inputs = GradientInputs(
         visible, KeyLookup(start, page_list if page_size else None), q, k, k, results, results
     )
@@ -22,16 +22,16 @@ def go_back(q, k, results, visible, start, page_list, tiles, key_tiles):
         "page_size": page_size or None, "scale": 0.1, "logits_soft_cap": 30.0 if masked else None,
         "windowed": bool(masked),
     }
-    lists = (TileList(tiles, block_q, None), TileList(tiles, 2 * block_q, None))
     dq, delta = kernel.queries_gradient(inputs, lists, **options)
     dtype = jnp.float32 if page_size else q.dtype
     return dq, kernel.keys_gradient(inputs, delta, key_tiles, k.shape[0], dtype, **options)
 
 
 results = Attended(q, jax.ShapeDtypeStruct(q.shape[:2], jnp.float32))
-key_tiles = KeyTileArrays(*[ints(num_tiles)] * 5, num_live=ints(1))
+lists = tiles, abstract_tiles(num_tiles, 2 * block_q)
+key_tiles = abstract_key_tiles(num_tiles, 128)
 deviceless.compile_for(
-    target, go_back, q, k, results, visible, ints(rows + 1), ints(pages), tiles, key_tiles
+    target, go_back, q, k, results, visible, ints(rows + 1), ints(pages), lists, key_tiles
 )
 """
 KERNELS = ("queries_gradient_short", "queries_gradient_long", "keys_gradient")

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from abstract_lists import abstract_tiles, ints
 from deviceless import A100, B200, H200, RTX_PRO_6000, TARGETS, Kernel, Target, compile_for
 from resources import MAX_REGISTERS, Key, Resources, check, resources_of
 
 from jaxattn.cache.quantization import QUANTIZED_DTYPES
 from jaxattn.metadata.consumers import triton_tiling
 from jaxattn.metadata.spec import AttentionSpec
-from jaxattn_kernels.arrays import KeyLookup, KVScales, SplitArrays, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.arrays import KeyLookup, KVScales, VisibleRange
 from jaxattn_kernels.triton.forward import KernelConfig, ragged_attention
 
 pytestmark = pytest.mark.compile
@@ -83,22 +84,14 @@ def compile_case(case: Case, config: KernelConfig | None = None) -> list[Kernel]
 
 def program_of(case: Case, config: KernelConfig | None = None) -> tuple[Any, ...]:
     """A function that attends with the kernels of a case, and its arguments."""
-
-    def ints(n: int) -> Any:  # stands for an array
-        return jax.ShapeDtypeStruct((n,), jnp.int32)
-
     tokens, rows, pages, num_kv_heads, units = 1024, 16, 512, 4, 640
     num_q_heads = num_kv_heads * case.group_size
     spec = AttentionSpec(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=case.head_dim)
     tiling = triton_tiling(spec)
 
-    def attend(q, k, v, visible, start, page_list, sinks, scales, short, split, long, order, num_live):
+    def attend(q, k, v, visible, start, page_list, sinks, scales, short, long):
         return ragged_attention(
-            q, k, v, visible, KeyLookup(start, page_list if case.page_size else None),
-            (
-                TileList(short, tiling.short_q, split, None, num_live),
-                TileList(long, tiling.long_q, None, order, num_live),
-            ),
+            q, k, v, visible, KeyLookup(start, page_list if case.page_size else None), (short, long),
             sinks=sinks if case.sinks else None, kv_scales=scales if case.kv_dtype else None,
             page_size=case.page_size, scale=spec.softmax_scale,
             logits_soft_cap=30.0 if case.capped else None,
@@ -109,13 +102,13 @@ def program_of(case: Case, config: KernelConfig | None = None) -> tuple[Any, ...
     kv_dtype = case.kv_dtype or case.dtype
     k = jax.ShapeDtypeStruct((pages * (case.page_size or 16), num_kv_heads, case.head_dim), kv_dtype)
     # More units than a launch has programs: each loops over its share, and needs registers for that too.
-    per_token, tiles = ints(tokens), TileArrays(*[ints(units)] * 5)
-    split = SplitArrays(ints(units), ints(units), ints(units), ints(units + 1))
+    short = abstract_tiles(units, tiling.short_q, num_units=units)
+    long = abstract_tiles(units, tiling.long_q, has_order=True)
     sinks: Any = jax.ShapeDtypeStruct((num_q_heads,), jnp.float32)
     scale: Any = jax.ShapeDtypeStruct((num_kv_heads,), jnp.float32)
-    layer = (q, k, k, VisibleRange(per_token, per_token), ints(rows + 1), ints(pages))
+    layer = (q, k, k, VisibleRange(ints(tokens), ints(tokens)), ints(rows + 1), ints(pages))
     options = (sinks, KVScales(scale, scale))
-    return attend, *layer, *options, tiles, split, tiles, ints(units), ints(1)
+    return attend, *layer, *options, short, long
 
 
 def stays_in_registers(kernel: Kernel) -> bool:

@@ -24,7 +24,7 @@ def test_long_lists_are_visited_where_they_are_live():
     result = launches.examine("prefill 1024", overhead=32)
     short, merge, long = (launches.Launch(**launch) for launch in result["launches"])
     assert (short.working, merge.working, long.working) == (0, 0, 64 * 8)
-    assert short.launched == launches.MAX_PROGRAMS < short.places
+    assert short.launched == launches.MAX_TRITON_PROGRAMS < short.places
     assert short.visited == 0
 
 

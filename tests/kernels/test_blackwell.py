@@ -5,6 +5,7 @@ What only the hardware refuses is tested in `compile/test_blackwell_sass.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -251,8 +252,9 @@ def test_refuses_what_does_not_fit():
     q, k, v, metadata = inputs(problem, spec, None, "float16", Bucket(3, 1))
     visible, lookup, (short, *_) = kernel_inputs(metadata, spec, mosaic_tiling(spec))
     options = {"page_size": None, "scale": 1.0, "logits_soft_cap": None, "windowed": False}
+    long = dataclasses.replace(short, block_q=65)
     with pytest.raises(ValueError, match="tiles of 65 tokens with 2 heads each exceed 128 rows"):
-        kernel.ragged_attention(q, k, v, visible, lookup, (short._replace(block_q=65),), **options)
+        kernel.ragged_attention(q, k, v, visible, lookup, (long,), **options)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     with pytest.raises(NotImplementedError, match="float32"):
         kernel.ragged_attention(q, k, v, visible, lookup, (short,), **options)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from tolerances import assert_as_good_as
 
-from jaxattn_kernels.arrays import KeyLookup, SplitArrays, TileArrays, TileList, VisibleRange
-from jaxattn_kernels.triton import parts as triton_parts
+from jaxattn_kernels.arrays import KeyLookup, SplitPlan, Tiles, VisibleRange
+from jaxattn_kernels.triton import launch as triton_launch
 from jaxattn_kernels.triton.forward import KernelConfig, ragged_attention
 
 # Blocks of 16 keys, so that short sequences have several.
@@ -114,11 +114,15 @@ def as_int32(values) -> jax.Array:
     return jnp.asarray(np.asarray(values), jnp.int32)
 
 
-def tile_list(tiles: list[tuple[int, ...]], block_q: int, split_keys: int | None = None) -> TileList:
+def tile_list(tiles: list[tuple[int, ...]], block_q: int, split_keys: int | None = None) -> Tiles:
     """Tiles as arrays, their keys split at multiples of `split_keys`, with two dead units at the end."""
-    arrays = TileArrays(*(as_int32(column) for column in zip(*tiles, strict=True)))
+    seq, q_start, q_len, kv_start, kv_end = (as_int32(column) for column in zip(*tiles, strict=True))
+    whole = Tiles(
+        seq=seq, q_start=q_start, q_len=q_len, kv_start=kv_start, kv_end=kv_end, order=None, split=None,
+        num_attending=as_int32(len(tiles)), num_live=as_int32(len(tiles)), block_q=block_q,
+    )  # fmt: skip
     if split_keys is None:
-        return TileList(arrays, block_q, None)
+        return whole
     units, indptr = [], [0]
     for w, (*_, q_len, start, end) in enumerate(tiles):
         cuts = [start, *range((start // split_keys + 1) * split_keys, end, split_keys), end]
@@ -126,9 +130,11 @@ def tile_list(tiles: list[tuple[int, ...]], block_q: int, split_keys: int | None
         indptr.append(len(units))
     dead = (len(tiles), 0, 0)
     tile, kv_start, kv_end = zip(*units, dead, dead, strict=True)
-    return TileList(
-        arrays, block_q, SplitArrays(as_int32(tile), as_int32(kv_start), as_int32(kv_end), as_int32(indptr))
-    )
+    split = SplitPlan(
+        tile=as_int32(tile), kv_start=as_int32(kv_start), kv_end=as_int32(kv_end), indptr=as_int32(indptr),
+        split_keys=split_keys,
+    )  # fmt: skip
+    return replace(whole, split=split)
 
 
 def run(
@@ -145,14 +151,14 @@ def run(
 
 
 def run_with_lse(
-    step: Step, *tile_lists: tuple, page_size: int | None = 8, windowed: bool = False,
+    step: Step, *tile_lists: tuple | Tiles, page_size: int | None = 8, windowed: bool = False,
     config: KernelConfig | None = SMALL, dtype: str = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     k, v, lookup = lay_out(step, page_size)
     q, k, v = (jnp.asarray(x, dtype) for x in (step.q, k, v))
     out, lse = ragged_attention(
         q, k, v, VisibleRange(as_int32(step.first), as_int32(step.end)), lookup,
-        tuple(part if isinstance(part, TileList) else tile_list(*part) for part in tile_lists),
+        tuple(part if isinstance(part, Tiles) else tile_list(*part) for part in tile_lists),
         sinks=None if step.sinks is None else jnp.asarray(step.sinks),
         page_size=page_size, scale=step.scale, logits_soft_cap=step.soft_cap, windowed=windowed,
         interpret=True, config=config,
@@ -351,7 +357,7 @@ def test_a_program_may_serve_several_units(monkeypatch, max_programs):
     step = with_sinks(causal_step((9, 1, 1), (45, 33, 70), num_q_heads=4, num_kv_heads=2, head_dim=32))
     parts = (step.tiles(4)[3:], 4, 32), (step.tiles(4)[:3], 4)
     expected = run_with_lse(step, *parts)
-    monkeypatch.setattr(triton_parts, "MAX_PROGRAMS", max_programs)
+    monkeypatch.setattr(triton_launch, "MAX_TRITON_PROGRAMS", max_programs)
     for got, before in zip(run_with_lse(step, *parts), expected, strict=True):
         np.testing.assert_array_equal(got[:11], before[:11])
 
@@ -365,10 +371,10 @@ def test_tiles_in_any_order_and_no_dead_ones(monkeypatch, max_programs):
     # Were they looked at, these would overwrite live rows.
     wrong = [(1, 0, 4, 0, 2), (1, 10, 1, 0, 2), (1, 4, 3, 0, 2)]
     beyond = wrong if max_programs < 2048 else []
-    split = tile_list(tiles[3:], 4, 32)._replace(num_live=as_int32([2]))
-    long = tile_list([*tiles[:3], *beyond], 4)._replace(num_live=as_int32([3]))
-    long = long._replace(order=as_int32([2, 0, 1, *range(3, 3 + len(beyond))]))
-    monkeypatch.setattr(triton_parts, "MAX_PROGRAMS", max_programs)
+    split = replace(tile_list(tiles[3:], 4, 32), num_live=as_int32(2))
+    order = as_int32([2, 0, 1, *range(3, 3 + len(beyond))])
+    long = replace(tile_list([*tiles[:3], *beyond], 4), num_live=as_int32(3), order=order)
+    monkeypatch.setattr(triton_launch, "MAX_TRITON_PROGRAMS", max_programs)
     for got, before in zip(run_with_lse(step, split, long), expected, strict=True):
         np.testing.assert_array_equal(got[:11], before[:11])
 

@@ -20,7 +20,7 @@ from jaxattn.batch.ragged import abstract_batch
 from jaxattn.cache.quantization import QUANTIZED_DTYPES
 from jaxattn.metadata.prepare import prepare_metadata
 from jaxattn.metadata.spec import AttentionSpec
-from jaxattn_kernels.arrays import KeyLookup, TileArrays, TileList, VisibleRange
+from jaxattn_kernels.arrays import KeyLookup, Tiles, VisibleRange
 from jaxattn_kernels.triton.forward import KernelConfig, ragged_attention
 
 pytestmark = pytest.mark.smoke
@@ -115,17 +115,21 @@ def test_what_the_kernel_cannot_serve_is_refused(head_dim, dtype, obstacle):
 
 
 def test_a_block_that_is_no_power_of_two_does_not_lower():
-    def ints(n: int) -> Any:  # stands for an array
-        return jax.ShapeDtypeStruct((n,), jnp.int32)
+    def ints(*shape: int) -> Any:  # stands for an array
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def attend(q, k, per_token, start, tiles):
         return ragged_attention(
-            q, k, k, VisibleRange(per_token, per_token), KeyLookup(start, None), (TileList(tiles, 4, None),),
+            q, k, k, VisibleRange(per_token, per_token), KeyLookup(start, None), (tiles,),
             page_size=None, scale=1.0, logits_soft_cap=None, windowed=False, interpret=False,
             config=KernelConfig(block_k=48, num_warps=4, num_stages=2),
         )  # fmt: skip
 
     q = jax.ShapeDtypeStruct((8, 8, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((100, 2, 64), jnp.bfloat16)
+    tiles = Tiles(
+        seq=ints(4), q_start=ints(4), q_len=ints(4), kv_start=ints(4), kv_end=ints(4), num_attending=ints(),
+        num_live=ints(), order=None, split=None, block_q=4,
+    )  # fmt: skip
     with pytest.raises(ValueError, match="power of 2"):
-        export_for_cuda(attend, q, k, ints(8), ints(3), TileArrays(*[ints(4)] * 5))
+        export_for_cuda(attend, q, k, ints(8), ints(3), tiles)

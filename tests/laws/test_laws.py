@@ -72,9 +72,10 @@ from jaxattn import (
 from jaxattn.batch import check_batch
 from jaxattn.batch.ragged import field_slices
 from jaxattn.metadata import Consumer
-from jaxattn.metadata.schedule import SplitPlan, Tiles, Tiling, split_bound
+from jaxattn.metadata.schedule import Tiling, split_bound
 from jaxattn.metadata.superset import METADATA_FIELDS
 from jaxattn.metadata.visible import VISIBLE_FIELDS
+from jaxattn_kernels.arrays import SplitPlan, Tiles
 
 UNSEEN = 1e30
 """Finite, since a tile multiplies it by the weight 0."""

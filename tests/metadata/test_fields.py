@@ -14,9 +14,10 @@ from jaxattn.metadata import CONSUMERS, MissingFieldError
 from jaxattn.metadata.cascade import Cascade
 from jaxattn.metadata.consumers import Consumer
 from jaxattn.metadata.fields import Prepared, field_table, fields_of
-from jaxattn.metadata.schedule import KeyTiles, SplitPlan, Tiles, Tiling
+from jaxattn.metadata.schedule import Tiling
 from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn.metadata.visible import VisibleKeys
+from jaxattn_kernels.arrays import KeyTiles, SplitPlan, Tiles
 
 pytestmark = pytest.mark.smoke
 

@@ -20,8 +20,6 @@ from jaxattn.metadata.consumers import triton_tiling
 from jaxattn.metadata.fields import MissingFieldError
 from jaxattn.metadata.rope import rope_tables
 from jaxattn.metadata.schedule import (
-    SplitPlan,
-    Tiles,
     TileSchedule,
     Tiling,
     schedule_tiles,
@@ -29,6 +27,7 @@ from jaxattn.metadata.schedule import (
     tile_bound,
 )
 from jaxattn.metadata.spec import WindowClass
+from jaxattn_kernels.arrays import SplitPlan, Tiles
 
 BUCKET = Bucket(tokens=40, seqs=6, pages=64)
 HEADS: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}

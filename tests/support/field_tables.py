@@ -16,9 +16,9 @@ from jaxattn.batch.ragged import RaggedBatch
 from jaxattn.metadata.cascade import Cascade
 from jaxattn.metadata.consumers import CONSUMERS
 from jaxattn.metadata.fields import FieldInfo, field_table
-from jaxattn.metadata.schedule import KeyTiles, SplitPlan, Tiles
 from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn.metadata.visible import VisibleKeys
+from jaxattn_kernels.arrays import KeyTiles, SplitPlan, Tiles
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("`RaggedBatch`, what the host sends", RaggedBatch),

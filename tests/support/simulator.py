@@ -24,7 +24,7 @@ from jaxattn.attention import mosaic
 from jaxattn.attention.kernel_inputs import kernel_inputs
 from jaxattn.measuring.workloads import ODD, Workload, nest_workload
 from jaxattn.metadata import consumers
-from jaxattn_kernels.arrays import TileList
+from jaxattn_kernels.arrays import Tiles
 from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
 
 # Clocks of copies and products are kept per simulated engine, in turn: with the default of five, two
@@ -168,7 +168,7 @@ def check_what_does_not_change_a_bit(kernel: Any, monkeypatch) -> None:
     assert short.split is not None
     assert (np.diff(short.split.indptr) <= 1).all()
 
-    def attend(*tile_lists: TileList):
+    def attend(*tile_lists: Tiles):
         options = {"page_size": 64, "scale": 0.1, "logits_soft_cap": None, "windowed": True}
         k_flat, v_flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         return kernel.ragged_attention(
@@ -176,10 +176,10 @@ def check_what_does_not_change_a_bit(kernel: Any, monkeypatch) -> None:
             sinks=sinks_of(spec), interpret=SIMULATED, **options,
         )  # fmt: skip
 
-    expected = attend(short._replace(split=None), long)
+    expected = attend(dataclasses.replace(short, split=None), long)
     monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
-    num_tiles = long.tiles.seq.shape[0]
-    got = attend(short, long._replace(order=jnp.arange(num_tiles, dtype=jnp.int32)[::-1]))
+    backwards = jnp.arange(long.seq.shape[0], dtype=jnp.int32)[::-1]
+    got = attend(short, dataclasses.replace(long, order=backwards))
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 

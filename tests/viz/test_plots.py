@@ -21,7 +21,8 @@ from jaxattn.viz.html import COLORS
 from jaxattn.viz.pages import MAX_CELLS
 from jaxattn.viz.programs import launch_of
 from jaxattn.viz.style import INK
-from jaxattn_kernels.triton.parts import MAX_PROGRAMS, KernelConfig, launch
+from jaxattn_kernels.triton.launch import MAX_TRITON_PROGRAMS, launch
+from jaxattn_kernels.triton.parts import KernelConfig
 
 HEADS: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 SPEC = AttentionSpec(**HEADS)
@@ -190,7 +191,7 @@ def test_programs_take_turns_as_the_kernel_does():
     (tiles,) = prepare_metadata(batch, SPEC).visible[0].schedule(triton_tiling(SPEC)).lists
     work = launch_of(tiles, SPEC)
     room, live = 2 * tiles.seq.shape[0], 2 * int(tiles.num_live)
-    assert room > live > MAX_PROGRAMS == work.programs
+    assert room > live > MAX_TRITON_PROGRAMS == work.programs
 
     def record(program, live, out, count):
         out[program] = count[0]

@@ -9,6 +9,7 @@ kernel a block is one of keys and values; in the second, one of queries and the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxattn_kernels.arrays import GradientInputs, KeyTileArrays, TileList
+from jaxattn_kernels.arrays import GradientInputs, KeyTiles, Tiles
 from jaxattn_kernels.mosaic_gpu import hopper as mosaic
 from jaxattn_kernels.mosaic_gpu.hopper import ROWS, add_products, products
 from jaxattn_kernels.mosaic_gpu.launch import numbers_of_tokens, plan_units
@@ -86,7 +87,7 @@ def obstacle(
 
 def queries_gradient(
     inputs: GradientInputs,
-    tile_lists: tuple[TileList, ...],
+    tile_lists: tuple[Tiles, ...],
     *,
     page_size: int | None,
     scale: float,
@@ -126,12 +127,12 @@ def queries_gradient(
     dq_ref = jax.new_ref(blank(q.shape, q.dtype, interpret))
     delta = jnp.full((T, N), jnp.nan, jnp.float32)
     lse = _base2(inputs.results.lse)
-    for tile_list in tile_lists:
-        tile_list = tile_list._replace(split=None)
+    for tiles in tile_lists:
+        tiles = dataclasses.replace(tiles, split=None)
         tokens = mosaic.tokens_per_consumer(N // K)
         program = KernelProgram(
             tokens=tokens,
-            num_consumers=pl.cdiv(tile_list.block_q, tokens),
+            num_consumers=pl.cdiv(tiles.block_q, tokens),
             rows=ROWS,
             layout=plgpu.Layout.WGMMA,
             group_size=N // K,
@@ -143,7 +144,7 @@ def queries_gradient(
             interpreted=interpret is not None,
             sizes=SIZES,
         )
-        plan, row_start, row_end = plan_units(program, inputs.visible, inputs.lookup, tile_list)
+        plan, row_start, row_end = plan_units(program, inputs.visible, inputs.lookup, tiles)
         shape = (row_end.shape[0], program.num_consumers, K, ROWS)
         arguments = _QueriesArguments(
             plan=plan,
@@ -155,22 +156,22 @@ def queries_gradient(
             v=v,
             out=inputs.results.out,
             d_out=inputs.d_results.out,
-            lse=_numbers_of_rows(program, tile_list, lse),
-            d_lse=_numbers_of_rows(program, tile_list, inputs.d_results.lse),
+            lse=_numbers_of_rows(program, tiles, lse),
+            d_lse=_numbers_of_rows(program, tiles, inputs.d_results.lse),
             dq=dq_ref,
             delta=jax.new_ref(blank(shape, jnp.float32, interpret)),
         )
         _launch(
             program, _consume_keys, _produce_keys, arguments, K, _queries_scratch(program, q.dtype), interpret
         )
-        delta = numbers_of_tokens(program, tile_list, jax.freeze(arguments.delta), delta)
+        delta = numbers_of_tokens(program, tiles, jax.freeze(arguments.delta), delta)
     return jax.freeze(dq_ref), delta
 
 
 def keys_gradient(
     inputs: GradientInputs,
     delta: jax.Array,
-    tiles: KeyTileArrays,
+    tiles: KeyTiles,
     num_rows: int,
     dtype: Any,
     *,
@@ -433,7 +434,7 @@ def _base2(lse: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(lse), lse * LOG2E, 0.0)
 
 
-def _numbers_of_rows(program: KernelProgram, tile_list: TileList, of_tokens: jax.Array) -> jax.Array:
+def _numbers_of_rows(program: KernelProgram, tiles: Tiles, of_tokens: jax.Array) -> jax.Array:
     """`[W, consumers, K, ROWS]` Numbers `[T, N]`, each at its row; of a dead row it may be any."""
     G, tokens = program.group_size, program.tokens
     by_group = of_tokens.reshape(len(of_tokens), -1, G)
@@ -443,7 +444,7 @@ def _numbers_of_rows(program: KernelProgram, tile_list: TileList, of_tokens: jax
             (program.num_consumers, (1, -1, 1, 1)), (by_group.shape[1], (1, 1, -1, 1)), (ROWS, (1, 1, 1, -1)),
         )
     )  # fmt: skip
-    token = tile_list.tiles.q_start[:, None, None, None] + consumer * tokens + row // G
+    token = tiles.q_start[:, None, None, None] + consumer * tokens + row // G
     return by_group.at[token, head, row % G].get(mode="clip")
 
 
@@ -455,7 +456,7 @@ def _rows_of_queries(of_tokens: jax.Array, num_kv_heads: int) -> jax.Array:
     return jnp.pad(rows, ((0, -len(rows) % TILE_ROWS), *[(0, 0)] * (rows.ndim - 1)))
 
 
-def _plan_keys(program: KernelProgram, tiles: KeyTileArrays, group_size: int) -> jax.Array:
+def _plan_keys(program: KernelProgram, tiles: KeyTiles, group_size: int) -> jax.Array:
     """`[W, fields of Unit]` What programs read of the tiles of keys: see `_KeysArguments`."""
     begin, end = tiles.q_start * group_size, tiles.q_end * group_size
     length = jnp.where(begin < end, tiles.kv_end - tiles.kv_start, 0)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxattn_kernels.arrays import Attended, KeyLookup, TileList, VisibleRange
+from jaxattn_kernels.arrays import Attended, KeyLookup, Tiles, VisibleRange
 from jaxattn_kernels.mosaic_gpu.merge import MERGED, merge
 from jaxattn_kernels.mosaic_gpu.parts import (
     LOG2E,
@@ -61,7 +61,7 @@ def ragged_attention(
     v: jax.Array,
     visible: VisibleRange,
     lookup: KeyLookup,
-    tile_lists: tuple[TileList, ...],
+    tile_lists: tuple[Tiles, ...],
     *,
     sinks: jax.Array | None = None,
     page_size: int | None,
@@ -111,8 +111,8 @@ def ragged_attention(
     # All launches write into one buffer.
     out_ref = jax.new_ref(blank(q.shape, q.dtype, interpret))
     lse = jnp.full((T, N), jnp.nan, jnp.float32)
-    for tile_list in tile_lists:
-        tokens, num_consumers = kernel.consumers_for(tile_list.block_q, G)
+    for tiles in tile_lists:
+        tokens, num_consumers = kernel.consumers_for(tiles.block_q, G)
         program = KernelProgram(
             tokens=tokens,
             num_consumers=num_consumers,
@@ -128,8 +128,8 @@ def ragged_attention(
             interpreted=interpret is not None,
             sizes=config or kernel.config_for(num_consumers=num_consumers, head_dim=H),
         )
-        lse_of_rows = _launch(kernel, program, q, k, v, visible, lookup, tile_list, sinks, out_ref, interpret)
-        lse = numbers_of_tokens(program, tile_list, lse_of_rows, lse)
+        lse_of_rows = _launch(kernel, program, q, k, v, visible, lookup, tiles, sinks, out_ref, interpret)
+        lse = numbers_of_tokens(program, tiles, lse_of_rows, lse)
     return Attended(jax.freeze(out_ref), lse)
 
 
@@ -141,21 +141,21 @@ def _launch(
     v,
     visible,
     lookup,
-    tile_list: TileList,
+    tiles: Tiles,
     sinks,
     out_ref,
     interpret,
 ) -> jax.Array:
     """Run one list of tiles: write into `out_ref`, and return the log-sum-exp of the rows."""
     consumers, K = program.num_consumers, k.shape[1]
-    plan, row_start, row_end = plan_units(program, visible, lookup, tile_list)
+    plan, row_start, row_end = plan_units(program, visible, lookup, tiles)
     num_units, num_tiles = plan.shape[0], row_end.shape[0]
 
     def result(*shape: int) -> Any:
         return jax.new_ref(blank(shape, jnp.float32, interpret))
 
     partial = None
-    if tile_list.split is not None:
+    if tiles.split is not None:
         room = max(num_units, MERGED)
         partial = Attended(
             out=result(room, consumers * program.tokens, *q.shape[1:]),
@@ -185,66 +185,82 @@ def _launch(
         interpret=interpret,
     )
     if partial is not None:
-        merge(program, tile_list, partial, sinks, out_ref, arguments.lse, interpret)
+        merge(program, tiles, partial, sinks, out_ref, arguments.lse, interpret)
     return jax.freeze(arguments.lse)
 
 
-def plan_units(program: KernelProgram, visible, lookup, tile_list: TileList):
+def plan_units(
+    program: KernelProgram, visible: VisibleRange, lookup: KeyLookup, tiles: Tiles
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gather what programs read of the metadata, of each unit and of each tile's rows.
 
     Returns:
         `plan`, `row_start` and `row_end`: see `Arguments`.
     """
-    block_k, G, tiles = program.sizes.block_k, program.group_size, tile_list.tiles
+    block_k, split, num_tiles = program.sizes.block_k, tiles.split, tiles.seq.shape[0]
+    tile = _tiles_of_units(tiles)
+    is_live_row, first_seen, end_seen = _ranges_of_rows(program, visible, tiles)
+    base = lookup.start[tiles.seq]
+    # Packed keys are read from a multiple of eight on: so far before the sequence's first key lies key 0 of
+    # what a program reads, and all keys are numbered from there.
+    shift = base % TILE_ROWS if program.page_size is None else None
 
-    def per_row(tile_values):
-        return tile_values[:, None, None]
+    def of_units(of_tiles: jax.Array) -> jax.Array:
+        is_same = split is None and tiles.order is None
+        return of_tiles if is_same else of_tiles[tile]
 
-    consumer = jnp.arange(program.num_consumers, dtype=jnp.int32)[None, :, None]
-    row = jnp.arange(program.rows, dtype=jnp.int32)[None, None, :]
-    token = consumer * program.tokens + row // G  # of each row, in its tile
-    live = (row < program.tokens * G) & (token < per_row(tiles.q_len))
-    place = per_row(tiles.q_start) + token
-    row_start = jnp.where(live, visible.start.at[place].get(mode="clip"), 0)
-    row_end = jnp.where(live, visible.end.at[place].get(mode="clip"), 0)
-    num_tiles, split = tiles.seq.shape[0], tile_list.split
-    tile = jnp.arange(num_tiles, dtype=jnp.int32) if tile_list.order is None else tile_list.order
-    in_order = split is None and tile_list.order is None
-    if split is not None:
-        tile = jnp.minimum(split.tile, num_tiles - 1)
+    def of_live_rows(of_tiles: jax.Array) -> jax.Array:
+        return jnp.where(is_live_row, of_tiles[:, None, None], 0)
 
-    def of_unit(of_tile):
-        return of_tile if in_order else of_tile[tile]
+    def as_read(key: jax.Array, select: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return key if shift is None else key + select(shift)
 
-    q_len, first, end, is_whole = of_unit(tiles.q_len), of_unit(tiles.kv_start), of_unit(tiles.kv_end), True
-    if split is not None:
-        q_len, is_whole = jnp.where(split.tile < num_tiles, q_len, 0), of_unit(jnp.diff(split.indptr)) == 1
+    if split is None:
+        first, end = of_units(tiles.kv_start), of_units(tiles.kv_end)
+        q_len, is_whole = of_units(tiles.q_len), jnp.ones(tile.shape, jnp.int32)
+    else:
         first, end = split.kv_start, split.kv_end
-    key_base = of_unit(lookup.start[tiles.seq])
-    if program.page_size is None:
-        # Key 0 of what the program reads lies at a multiple of eight.
-        shift = key_base % TILE_ROWS
-        first, end, key_base = first + shift, end + shift, key_base - shift
-        shift = jnp.where(live, per_row(lookup.start[tiles.seq] % TILE_ROWS), 0)
-        row_start, row_end = row_start + shift, row_end + shift
-    begin = first // block_k
-    stop = jnp.where(end > first, (end + (block_k - 1)) // block_k, begin)
-    all_begin = jnp.maximum(of_unit(row_start.max(axis=(1, 2))), first)
-    all_end = jnp.minimum(of_unit(jnp.where(live, row_end, INT32_MAX).min(axis=(1, 2))), end)
+        q_len = jnp.where(split.tile < num_tiles, of_units(tiles.q_len), 0)
+        is_whole = (of_units(jnp.diff(split.indptr)) == 1).astype(jnp.int32)
+    kv_start, kv_end = as_read(first, of_units), as_read(end, of_units)
+    row_start, row_end = as_read(first_seen, of_live_rows), as_read(end_seen, of_live_rows)
+    begin = kv_start // block_k
+    stop = jnp.where(kv_end > kv_start, (kv_end + (block_k - 1)) // block_k, begin)
+    last_start, first_end = row_start.max((1, 2)), jnp.where(is_live_row, row_end, INT32_MAX).min((1, 2))
     plan = Unit(
         tile=tile,
-        is_whole=jnp.broadcast_to(is_whole, tile.shape).astype(jnp.int32),
-        q_start=of_unit(tiles.q_start),
+        is_whole=is_whole,
+        q_start=of_units(tiles.q_start),
         q_len=q_len,
-        key_base=key_base,
-        kv_start=first,
-        kv_end=end,
+        key_base=of_units(base if shift is None else base - shift),
+        kv_start=kv_start,
+        kv_end=kv_end,
         begin=begin,
         num_blocks=stop - begin,
-        all_begin=(all_begin + (block_k - 1)) // block_k,
-        all_end=all_end // block_k,
+        all_begin=(jnp.maximum(of_units(last_start), kv_start) + (block_k - 1)) // block_k,
+        all_end=jnp.minimum(of_units(first_end), kv_end) // block_k,
     )
     return jnp.stack(plan, axis=1), row_start, row_end
+
+
+def _tiles_of_units(tiles: Tiles) -> jax.Array:
+    """`[U]` The tile of each unit, in the order in which programs take them; any tile of a dead one."""
+    if tiles.split is not None:
+        return jnp.minimum(tiles.split.tile, tiles.seq.shape[0] - 1)
+    return jnp.arange(tiles.seq.shape[0], dtype=jnp.int32) if tiles.order is None else tiles.order
+
+
+def _ranges_of_rows(
+    program: KernelProgram, visible: VisibleRange, tiles: Tiles
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[W, consumers, rows]` Whether a row has a token, the first key that this sees, one past the last."""
+    consumer = jnp.arange(program.num_consumers, dtype=jnp.int32)[None, :, None]
+    row = jnp.arange(program.rows, dtype=jnp.int32)[None, None, :]
+    token = consumer * program.tokens + row // program.group_size  # of each row, in its tile
+    is_live = (row < program.tokens * program.group_size) & (token < tiles.q_len[:, None, None])
+    place = tiles.q_start[:, None, None] + token
+    first, end = (jnp.where(is_live, x.at[place].get(mode="clip"), 0) for x in visible)
+    return is_live, first, end
 
 
 def _sinks_of_rows(program: KernelProgram, sinks: jax.Array) -> jax.Array:
@@ -255,17 +271,17 @@ def _sinks_of_rows(program: KernelProgram, sinks: jax.Array) -> jax.Array:
 
 
 def numbers_of_tokens(
-    program: KernelProgram, tile_list: TileList, of_rows: jax.Array, others: jax.Array
+    program: KernelProgram, tiles: Tiles, of_rows: jax.Array, others: jax.Array
 ) -> jax.Array:
     """Numbers of rows, such as the log-sum-exp, as those of the tokens of a list.
 
     Args:
         program: What is static.
-        tile_list: The list.
+        tiles: The list.
         of_rows: `[W, consumers, K, rows]` The numbers.
         others: `[T, N]` Those of tokens that the list does not have.
     """
-    tiles, (_, consumers, K, _), (T, N) = tile_list.tiles, of_rows.shape, others.shape
+    (_, consumers, K, _), (T, N) = of_rows.shape, others.shape
     token = jnp.arange(consumers * program.tokens, dtype=jnp.int32)[None, :]
     place = jnp.where(token < tiles.q_len[:, None], tiles.q_start[:, None] + token, T)
     consumer = jnp.arange(tiles.seq.shape[0], dtype=jnp.int32)[:, None] * consumers + token // program.tokens

@@ -13,19 +13,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxattn_kernels.arrays import Attended, TileList
+from jaxattn_kernels.arrays import Attended, Tiles
 from jaxattn_kernels.mosaic_gpu.parts import LOG2E, NEG, KernelProgram, across, add_sink, run, share, store
 
 MERGED = 32
 """Partial results that a program loads at once."""
 
 
-def merge(program: KernelProgram, tile_list: TileList, partial: Attended, sinks, out, lse, interpret) -> None:
+def merge(program: KernelProgram, tiles: Tiles, partial: Attended, sinks, out, lse, interpret) -> None:
     """Merge the units of each tile that has several.
 
     Args:
         program: What is static about the programs that wrote the partial results.
-        tile_list: The tiles and their split.
+        tiles: The tiles and their split.
         partial: `out [units, tokens, N, H]` and, in base 2, `lse [units, consumers, K, rows]`, references;
             of at least `MERGED` units.
         sinks: `[N]` Sinks, or None.
@@ -33,11 +33,11 @@ def merge(program: KernelProgram, tile_list: TileList, partial: Attended, sinks,
         lse: `[W, consumers, K, rows]` Reference to the log-sum-exp of each row.
         interpret: How to simulate the GPU, or None.
     """
-    split = tile_list.split
+    split = tiles.split
     assert split is not None
     arguments = _Arguments(
-        q_start=tile_list.tiles.q_start,
-        q_len=tile_list.tiles.q_len,
+        q_start=tiles.q_start,
+        q_len=tiles.q_len,
         indptr=split.indptr,
         sinks=None if sinks is None else sinks.astype(jnp.float32) * LOG2E,
         partial=partial,
@@ -47,7 +47,7 @@ def merge(program: KernelProgram, tile_list: TileList, partial: Attended, sinks,
     run(
         functools.partial(_merge, program),
         arguments,
-        num_units=tile_list.tiles.seq.shape[0],
+        num_units=tiles.seq.shape[0],
         num_heads=out.shape[1],
         interpret=interpret,
     )

@@ -8,6 +8,7 @@ keys of a tile are split among programs, a second kernel merges their partial re
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,26 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxattn_kernels.arrays import (
-    Attended,
-    KeyLookup,
-    KVScales,
-    SplitArrays,
-    TileArrays,
-    TileList,
-    VisibleRange,
-)
+from jaxattn_kernels.arrays import Attended, KeyLookup, KVScales, Tiles, VisibleRange
+from jaxattn_kernels.triton.launch import launch, like, live_units, room_for_units, unit_of
 from jaxattn_kernels.triton.parts import (
     LOG2E,
     KernelConfig,
     Keys,
+    Layer,
     Rows,
     Shape,
     base2_logits,
     block_of,
     for_blocks,
-    launch,
-    like,
     load,
     mask_of,
     product,
@@ -80,7 +73,7 @@ def ragged_attention(
     v: jax.Array,
     visible: VisibleRange,
     lookup: KeyLookup,
-    tile_lists: tuple[TileList, ...],
+    tile_lists: tuple[Tiles, ...],
     *,
     sinks: jax.Array | None = None,
     kv_scales: KVScales | None = None,
@@ -109,71 +102,60 @@ def ragged_attention(
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
         windowed: Whether a token's range may begin after the sequence does; otherwise
             `visible.start` is 0 everywhere.
-        interpret: Run on the CPU, as the interpreter of Pallas does.
+        interpret: Run on the CPU, in the interpreter of Pallas.
         config: Sizes of the launches; chosen by `config_for` where None.
 
     Returns:
         `out [T, N, H]` in the dtype of `q`, and `lse [T, N]`, a natural logarithm; 0 and -inf for a
         token that sees no key. Rows that no tile covers are undefined.
     """
-    done = None
-    for tile_list in tile_lists:
-        done = _attend_list(
-            q, k, v, visible, lookup, tile_list, sinks, kv_scales, done, page_size=page_size, scale=scale,
-            logits_soft_cap=logits_soft_cap, windowed=windowed, interpret=interpret, config=config,
-        )  # fmt: skip
+    layer, done = Layer(page_size, scale, logits_soft_cap, windowed), None
+    for tiles in tile_lists:
+        # What no program reads is not handed over.
+        work = dataclasses.replace(tiles, num_attending=None)
+        inputs = _Inputs(work, lookup, visible, q, k, v, sinks, kv_scales)
+        done = _attend_list(inputs, done, layer, interpret=interpret, config=config)
     assert done is not None
     return done
 
 
-class _Work(NamedTuple):
-    """The arrays of a `TileList`."""
+class _Inputs(NamedTuple):
+    """What the programs of a launch read: see `ragged_attention`."""
 
-    tiles: TileArrays
-    split: SplitArrays | None
-    order: jax.Array | None
-    num_live: jax.Array | None
-
-    @property
-    def max_tiles(self) -> int:
-        return self.tiles.seq.shape[0]
-
-    @property
-    def max_units(self) -> int:
-        """Units that there is room for: pieces of the tiles' keys, or the tiles."""
-        return self.max_tiles if self.split is None else self.split.tile.shape[0]
-
-    def live_tiles(self) -> Any:
-        return self.max_tiles if self.num_live is None else self.num_live[0]
-
-    def live_units(self) -> Any:
-        return self.live_tiles() if self.split is None else self.split.indptr[self.max_tiles]
+    tiles: Tiles
+    lookup: KeyLookup
+    visible: VisibleRange
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any
+    kv_scales: KVScales | None
 
 
 def _attend_list(
-    q, k, v, visible, lookup, tile_list, sinks, kv_scales, done, *, config, interpret, **options
-) -> Attended:
+    inputs: _Inputs, done: Any, layer: Layer, *, interpret: bool, config: KernelConfig | None
+) -> Any:
     """Attend with one list, into `done`, the results of the lists before it, where there are any."""
-    tile_q, work = tile_list.block_q, _Work(*(getattr(tile_list, name) for name in _Work._fields))
-    (T, N, H), K = q.shape, k.shape[1]
+    tiles, q, K = inputs.tiles, inputs.q, inputs.k.shape[1]
+    T, N, H = q.shape
     config = config or config_for(
-        block_rows=block_of(tile_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize,
-        quantized=kv_scales is not None,
+        block_rows=block_of(tiles.block_q * (N // K)), head_dim=H, itemsize=q.dtype.itemsize,
+        quantized=inputs.kv_scales is not None,
     )  # fmt: skip
-    block_q = max(1, min(tile_q, config.max_rows // (N // K)))
-    shape = Shape(T, N, K, H, tile_q, block_q, config.block_k)
+    shape = Shape.of_launch(config, q.shape, K, tiles.block_q)
+    num_units, num_tiles = room_for_units(tiles), tiles.seq.shape[0]
 
     def abstract(rows: int, dtype: Any) -> Attended:
         return Attended(like(q, (rows, N, H), dtype), like(q, (rows, N), jnp.float32))
 
     result = abstract(T, q.dtype)
-    partial = None if work.split is None else abstract(work.max_units * tile_q, jnp.float32)
+    partial = None if tiles.split is None else abstract(num_units * tiles.block_q, jnp.float32)
     done, partial = launch(
-        functools.partial(_ragged_attention, shape=shape, **options),
+        functools.partial(_ragged_attention, shape=shape, layer=layer),
         f"ragged_attention_q{shape.block_rows}",
-        work.max_units * shape.programs_per_unit,
-        lambda work, *_: work.live_units() * shape.programs_per_unit,
-        (work, lookup, visible, q, k, v, sinks, kv_scales), (result, partial), done,
+        num_units * shape.items_per_unit,
+        lambda inputs, *_: live_units(inputs.tiles) * shape.items_per_unit,
+        (inputs,), (result, partial), done,
         config=config, interpret=interpret,
     )  # fmt: skip
     if partial is None:
@@ -181,9 +163,9 @@ def _attend_list(
     (done,) = launch(
         functools.partial(_merge_attention, shape=shape),
         f"merge_attention_q{shape.block_rows}",
-        work.max_tiles * shape.programs_per_unit,
-        lambda work, *_: work.live_tiles() * shape.programs_per_unit,
-        (work, visible, sinks, partial), (result,), done,
+        num_tiles * shape.items_per_unit,
+        lambda tiles, *_: tiles.num_live[...] * shape.items_per_unit,
+        (tiles, inputs.visible, inputs.sinks, partial), (result,), done,
         config=config, interpret=interpret,
     )  # fmt: skip
     return done
@@ -213,7 +195,7 @@ class _Softmax(NamedTuple):
         sink = load(sinks.at[rows.q_head], mask=has_sink, other=0.0)
         return cls(acc, jnp.where(has_sink, sink * LOG2E, NEG), jnp.where(has_sink, 1.0, 0.0))
 
-    def finish(self, v_scale=1.0) -> tuple[jax.Array, jax.Array]:
+    def finish(self, v_scale: Any = 1.0) -> tuple[jax.Array, jax.Array]:
         """Outputs and the base-2 logarithm of the denominator; 0 and -inf where nothing was seen."""
         total = jnp.where(self.total > 0, self.total, 1.0)
         lse = jnp.where(self.total > 0, self.max + jnp.log(total) * LOG2E, -jnp.inf)
@@ -221,51 +203,47 @@ class _Softmax(NamedTuple):
 
 
 def _ragged_attention(
-    program, work: _Work, lookup, visible, q_ref, k_ref, v_ref, sinks, kv_scales, result, partial,
-    *, shape: Shape, page_size, **options,
-) -> None:  # fmt: skip
-    """One key head, and one part, of a tile with all its keys, or with those of one unit."""
-    tiles, split = work.tiles, work.split
-    K, unit = shape.num_kv_heads, program // shape.programs_per_unit
-    head, part = program % K, program % shape.programs_per_unit // K
-    if split is None:
-        w, is_live, is_whole = unit if work.order is None else work.order[unit], True, True
-        key_start, key_end = tiles.kv_start[w], tiles.kv_end[w]
-    else:
-        num_tiles = tiles.seq.shape[0]
-        w = jnp.minimum(split.tile[unit], num_tiles - 1)
-        is_live = split.tile[unit] < num_tiles
-        is_whole = split.indptr[w + 1] - split.indptr[w] == 1
-        key_start, key_end = split.kv_start[unit], split.kv_end[unit]
+    item, inputs: _Inputs, result: Any, partial: Any, *, shape: Shape, layer: Layer
+) -> None:
+    """One key head, and one part, of a tile with all its keys, or with those of one unit.
 
-    @pl.when(is_live & (tiles.q_len[w] > part * shape.block_q))
+    Args:
+        item: Number of the work item.
+        inputs: References to what is read.
+        result: References to the results of tokens.
+        partial: References to the results of units that are not whole; None where no tile is split.
+        shape: Sizes of the launch.
+        layer: What is static about the layer.
+    """
+    tiles, scales = inputs.tiles, inputs.kv_scales
+    number, head, part = shape.split_item(item)
+    unit = unit_of(tiles, number)
+
+    @pl.when(unit.is_live & (tiles.q_len[unit.tile] > part * shape.block_q))
     def _():
-        rows = rows_of(tiles, w, head, part, visible, shape)
+        rows = rows_of(tiles, unit.tile, head, part, inputs.visible, shape)
+        keys = Keys(inputs.lookup.pages, inputs.lookup.start[tiles.seq[unit.tile]], head, layer.page_size)
+        state = _Softmax.begin(rows, inputs.sinks, unit.is_whole, shape)
         state = _attend_keys(
-            rows, Keys(lookup.pages, lookup.start[tiles.seq[w]], head, page_size), q_ref, k_ref, v_ref,
-            _Softmax.begin(rows, sinks, is_whole, shape), key_start=key_start, key_end=key_end,
-            k_scale=1.0 if kv_scales is None else kv_scales.k[head], shape=shape, **options,
+            rows, keys, inputs, state, key_start=unit.key_start, key_end=unit.key_end,
+            k_scale=1.0 if scales is None else scales.k[head], shape=shape, layer=layer,
         )  # fmt: skip
-        out, lse = state.finish(1.0 if kv_scales is None else kv_scales.v[head])
+        out, lse = state.finish(1.0 if scales is None else scales.v[head])
         if partial is None:
             _store(result, rows.q_row, rows.is_live, rows, out, lse / LOG2E, shape)
             return
         # A unit that is its whole tile has the result; it is written at once, and not merged.
-        to_result, to_partial = rows.is_live & is_whole, rows.is_live & ~is_whole
-        _store(
-            result, jnp.where(to_result, rows.q_row, shape.tokens), to_result, rows, out, lse / LOG2E, shape
-        )
-        num_rows = partial.lse.shape[0]
-        place = jnp.where(to_partial, unit * shape.tile_q + rows.token, num_rows)
+        to_result, to_partial = rows.is_live & unit.is_whole, rows.is_live & ~unit.is_whole
+        place = jnp.where(to_result, rows.q_row, shape.tokens)
+        _store(result, place, to_result, rows, out, lse / LOG2E, shape)
+        place = jnp.where(to_partial, number * shape.tile_q + rows.token, partial.lse.shape[0])
         _store(partial, place, to_partial, rows, out, lse, shape)
 
 
-def _merge_attention(program, work: _Work, visible, sinks, partial, result, *, shape: Shape) -> None:
+def _merge_attention(item, tiles: Tiles, visible, sinks, partial: Any, result: Any, *, shape: Shape) -> None:
     """One key head, and one part, of a tile whose keys were split among several units."""
-    tiles, split = work.tiles, work.split
+    split, (w, head, part) = tiles.split, shape.split_item(item)
     assert split is not None
-    K, w = shape.num_kv_heads, program // shape.programs_per_unit
-    head, part = program % K, program % shape.programs_per_unit // K
     first, end = split.indptr[w], split.indptr[w + 1]
 
     @pl.when((end - first > 1) & (tiles.q_len[w] > part * shape.block_q))
@@ -297,11 +275,11 @@ def _store(refs: Any, place, is_stored, rows: Rows, out, lse, shape: Shape) -> N
 
 
 def _attend_keys(
-    rows: Rows, keys: Keys, q_ref, k_ref, v_ref, state: _Softmax,
-    *, key_start, key_end, k_scale, shape: Shape, scale, logits_soft_cap, windowed,
+    rows: Rows, keys: Keys, inputs: _Inputs, state: _Softmax,
+    *, key_start, key_end, k_scale, shape: Shape, layer: Layer,
 ) -> _Softmax:  # fmt: skip
     """Add the keys `key_start .. key_end` of a sequence to the softmax of the rows."""
-    block_k, q = shape.block_k, rows.load(q_ref, shape)
+    block_k, windowed, q = shape.block_k, layer.windowed, rows.load(inputs.q, shape)
 
     def visible(positions):
         sees = positions[None, :] < rows.end[:, None]
@@ -314,8 +292,8 @@ def _attend_keys(
         if masked and windowed:
             ok &= positions >= key_start
         slots = keys.slots(j * block_k, positions, ok)
-        k = keys.load(k_ref, slots, ok, q.dtype, shape)
-        s = base2_logits(product(q, k.T), scale * k_scale, logits_soft_cap)
+        k = keys.load(inputs.k, slots, ok, q.dtype, shape)
+        s = base2_logits(product(q, k.T), layer.scale * k_scale, layer.logits_soft_cap)
         sees = visible(positions) if masked else True
         if masked:
             s = jnp.where(sees, s, NEG)
@@ -324,7 +302,7 @@ def _attend_keys(
         p = jnp.exp2(s - new_max[:, None])
         if masked:
             p = jnp.where(sees, p, 0.0)
-        v = keys.load(v_ref, slots, ok, q.dtype, shape)
+        v = keys.load(inputs.v, slots, ok, q.dtype, shape)
         pv = product(p.astype(v.dtype), v)
         return _Softmax(state.acc * rescale[:, None] + pv, new_max, state.total * rescale + p.sum(axis=1))
 

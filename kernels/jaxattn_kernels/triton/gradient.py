@@ -8,6 +8,7 @@ so equal inputs give equal bits. Weights are made anew from the log-sum-exp.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,18 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxattn_kernels.arrays import GradientInputs, KeyTileArrays, TileArrays, TileList
+from jaxattn_kernels.arrays import GradientInputs, KeyTiles, Tiles
+from jaxattn_kernels.triton.launch import launch, like
 from jaxattn_kernels.triton.parts import (
     LOG2E,
     KernelConfig,
     Keys,
+    Layer,
     Rows,
     Shape,
     base2_logits,
     block_of,
     for_blocks,
-    launch,
-    like,
     mask_of,
     product,
     ranges_of,
@@ -65,7 +66,7 @@ def keys_config(*, head_dim: int, itemsize: int) -> KernelConfig:
 
 def queries_gradient(
     inputs: GradientInputs,
-    tile_lists: tuple[TileList, ...],
+    tile_lists: tuple[Tiles, ...],
     *,
     page_size: int | None,
     scale: float,
@@ -78,12 +79,12 @@ def queries_gradient(
 
     Args:
         inputs: What is read.
-        tile_lists: Tiles of queries; that their keys may be split is of no interest here.
+        tile_lists: Tiles of queries; whether their keys are split does not matter here.
         page_size: Tokens per page, or None for packed keys.
         scale: Factor on q·k.
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
         windowed: Whether a token's range may begin after the sequence does.
-        interpret: Run on the CPU, as the interpreter of Pallas does.
+        interpret: Run on the CPU, in the interpreter of Pallas.
         config: Sizes of the launches; chosen by `queries_config` where None.
 
     Returns:
@@ -95,48 +96,32 @@ def queries_gradient(
     (T, N, H), K = q.shape, inputs.k.shape[1]
     config = config or queries_config(head_dim=H, itemsize=q.dtype.itemsize)
     dq, delta = like(q, q.shape, q.dtype), like(q, (T, N), jnp.float32)
-    done = None
-    for tile_list in tile_lists:
-        tile_q, num_live = tile_list.block_q, tile_list.num_live
-        num_tiles = tile_list.tiles.seq.shape[0]
-        block_q = max(1, min(tile_q, config.max_rows // (N // K)))
-        shape = Shape(T, N, K, H, tile_q, block_q, config.block_k)
+    layer, done = Layer(page_size, scale, logits_soft_cap, windowed), None
+    for tiles in tile_lists:
+        shape = Shape.of_launch(config, q.shape, K, tiles.block_q)
         done = launch(
-            functools.partial(
-                _queries_gradient, shape=shape, page_size=page_size, scale=scale,
-                logits_soft_cap=logits_soft_cap, windowed=windowed,
-            ),
+            functools.partial(_queries_gradient, shape=shape, layer=layer),
             f"queries_gradient_q{shape.block_rows}",
-            num_tiles * shape.programs_per_unit,
-            functools.partial(_live_programs, num_tiles, shape.programs_per_unit),
-            ((tile_list.tiles, tile_list.order), num_live, inputs), (dq, delta), done,
+            tiles.seq.shape[0] * shape.items_per_unit,
+            lambda tiles, *_, n=shape.items_per_unit: tiles.num_live[...] * n,
+            (dataclasses.replace(tiles, num_attending=None, split=None), inputs), (dq, delta), done,
             config=config, interpret=interpret,
         )  # fmt: skip
     assert done is not None
     return done
 
 
-def _live_programs(num_tiles: int, programs_per_tile: int, work, num_live, *_) -> Any:
-    del work
-    return (num_tiles if num_live is None else num_live[0]) * programs_per_tile
-
-
 def _queries_gradient(
-    program, work, num_live, inputs: GradientInputs, dq_ref, delta_ref,
-    *, shape: Shape, page_size, scale, logits_soft_cap, windowed,
-) -> None:  # fmt: skip
+    item, tiles: Tiles, inputs: GradientInputs, dq_ref, delta_ref, *, shape: Shape, layer: Layer
+) -> None:
     """One key head, and one part, of a tile of queries."""
-    del num_live
-    tiles: TileArrays = work[0]
-    order = work[1]
-    unit, K, block_k = program // shape.programs_per_unit, shape.num_kv_heads, shape.block_k
-    head, part = program % K, program % shape.programs_per_unit // K
-    w = unit if order is None else order[unit]
+    (number, head, part), block_k = shape.split_item(item), shape.block_k
+    w = number if tiles.order is None else tiles.order[number]
 
     @pl.when(tiles.q_len[w] > part * shape.block_q)
     def _():
         rows = rows_of(tiles, w, head, part, inputs.visible, shape)
-        keys = Keys(inputs.lookup.pages, inputs.lookup.start[tiles.seq[w]], head, page_size)
+        keys = Keys(inputs.lookup.pages, inputs.lookup.start[tiles.seq[w]], head, layer.page_size)
         q, d_out = rows.load(inputs.q, shape), rows.load(inputs.d_results.out, shape)
         out, lse = rows.load(inputs.results.out, shape), rows.load_numbers(inputs.results.lse) * LOG2E
         delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=1)
@@ -152,21 +137,21 @@ def _queries_gradient(
             v = keys.load(inputs.v, slots, ok, q.dtype, shape)
             sees = _sees(positions[None, :], rows.first[:, None], rows.end[:, None]) if masked else None
             _, d_products = _weights(
-                product(q, k.T), product(d_out, v.T), lse[:, None], delta[:, None], sees, scale,
-                logits_soft_cap,
-            )  # fmt: skip
+                product(q, k.T), product(d_out, v.T), lse[:, None], delta[:, None], sees, layer
+            )
             return dq + product(d_products.astype(q.dtype), k)
 
         dq = jnp.zeros((shape.block_rows, shape.head_block), jnp.float32)
-        dq = for_blocks(add_block, dq, rows, key_start, key_end, block_k=block_k, windowed=windowed) * scale
-        _store_rows(dq_ref, rows.q_row, rows.q_head, dq, rows.is_live, shape)
+        dq = for_blocks(
+            add_block, dq, rows, key_start, key_end, block_k=block_k, windowed=layer.windowed
+        )  # fmt: skip
+        _store_rows(dq_ref, rows.q_row, rows.q_head, dq * layer.scale, rows.is_live, shape)
 
 
 def keys_gradient(
     inputs: GradientInputs,
     delta: jax.Array,
-    tiles: KeyTileArrays,
-    tile_k: int,
+    tiles: KeyTiles,
     num_rows: int,
     dtype: Any,
     *,
@@ -184,14 +169,13 @@ def keys_gradient(
     Args:
         inputs: What is read.
         delta: `[T, N]` From `queries_gradient`.
-        tiles: Tiles of keys.
-        tile_k: Keys per tile, at most; a power of two.
+        tiles: Tiles of keys, of at most a power of two.
         num_rows: Rows of the results.
         dtype: Dtype of the results.
         page_size: Tokens per page, or None for packed keys.
         scale: Factor on q·k.
         logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
-        interpret: Run on the CPU, as the interpreter of Pallas does.
+        interpret: Run on the CPU, in the interpreter of Pallas.
         config: Sizes of the launch; chosen by `keys_config` where None.
 
     Returns:
@@ -199,32 +183,29 @@ def keys_gradient(
     """
     (T, N, H), K = inputs.q.shape, inputs.k.shape[1]
     config = config or keys_config(head_dim=H, itemsize=inputs.q.dtype.itemsize)
-    block_k = min(config.block_k, tile_k)
-    shape, parts = Shape(T, N, K, H, 1, 1, block_k), pl.cdiv(tile_k, block_k)
+    block_k = min(config.block_k, tiles.block_k)
+    shape, parts = Shape(T, N, K, H, 1, 1, block_k), pl.cdiv(tiles.block_k, block_k)
+    # Both ends of a row's range are compared here, whether or not it begins with the sequence.
+    layer = Layer(page_size, scale, logits_soft_cap, windowed=True)
     result = like(inputs.k, (num_rows, K, H), dtype)
     zeros = jnp.zeros(result.shape, dtype) + jnp.zeros_like(inputs.k.ravel()[0], dtype)
-    num_tiles, programs_per_tile = tiles.seq.shape[0], K * parts
     return launch(
-        functools.partial(
-            _keys_gradient, shape=shape, parts=parts, block_rows=config.max_rows, page_size=page_size,
-            scale=scale, logits_soft_cap=logits_soft_cap,
-        ),
+        functools.partial(_keys_gradient, shape=shape, parts=parts, block_rows=config.max_rows, layer=layer),
         f"keys_gradient_k{block_k}",
-        num_tiles * programs_per_tile,
-        functools.partial(_live_programs, num_tiles, programs_per_tile),
-        (tiles, tiles.num_live, inputs, delta), (result, result), (zeros, zeros),
+        tiles.seq.shape[0] * K * parts,
+        lambda tiles, *_: tiles.num_live[...] * (K * parts),
+        (tiles, inputs, delta), (result, result), (zeros, zeros),
         config=config, interpret=interpret,
     )  # fmt: skip
 
 
 def _keys_gradient(
-    program, tiles: KeyTileArrays, num_live, inputs: GradientInputs, delta_ref, dk_ref, dv_ref,
-    *, shape: Shape, parts: int, block_rows: int, page_size, scale, logits_soft_cap,
+    item, tiles: KeyTiles, inputs: GradientInputs, delta_ref, dk_ref, dv_ref,
+    *, shape: Shape, parts: int, block_rows: int, layer: Layer,
 ) -> None:  # fmt: skip
     """One key head, and one part, of a tile of keys."""
-    del num_live
     K, G, block_k = shape.num_kv_heads, shape.group_size, shape.block_k
-    w, head, part = program // (K * parts), program % K, program % (K * parts) // K
+    w, head, part = item // (K * parts), item % K, item % (K * parts) // K
     begin = tiles.kv_start[w] + part * block_k
 
     @pl.when(begin < tiles.kv_end[w])
@@ -232,7 +213,7 @@ def _keys_gradient(
         positions = begin + jnp.arange(block_k, dtype=jnp.int32)
         ok = positions < tiles.kv_end[w]
         start = inputs.lookup.start[tiles.seq[w]]
-        keys = Keys(inputs.lookup.pages, start, head, page_size)
+        keys = Keys(inputs.lookup.pages, start, head, layer.page_size)
         slots = keys.slots(begin, positions, ok)
         k = keys.load(inputs.k, slots, ok, inputs.q.dtype, shape)
         v = keys.load(inputs.v, slots, ok, inputs.q.dtype, shape)
@@ -250,9 +231,8 @@ def _keys_gradient(
             lse, delta = rows.load_numbers(inputs.results.lse) * LOG2E, rows.load_numbers(delta_ref)
             sees = _sees(positions[:, None], rows.first[None, :], rows.end[None, :])
             weights, d_products = _weights(
-                product(k, q.T), product(v, d_out.T), lse[None, :], delta[None, :], sees, scale,
-                logits_soft_cap,
-            )  # fmt: skip
+                product(k, q.T), product(v, d_out.T), lse[None, :], delta[None, :], sees, layer
+            )
             return (
                 dk + product(d_products.astype(q.dtype), q),
                 dv + product(weights.astype(q.dtype), d_out),
@@ -261,9 +241,9 @@ def _keys_gradient(
         zeros = jnp.zeros((block_k, shape.head_block), jnp.float32)
         num_blocks = (end_row - first_row + (block_rows - 1)) // block_rows
         dk, dv = lax.fori_loop(0, num_blocks, add_rows, (zeros, zeros))
-        place = start * (page_size or 1) + positions
+        place = start * (layer.page_size or 1) + positions
         heads = jnp.zeros((block_k,), jnp.int32) + head
-        _store_rows(dk_ref, place, heads, dk * scale, ok, shape)
+        _store_rows(dk_ref, place, heads, dk * layer.scale, ok, shape)
         _store_rows(dv_ref, place, heads, dv, ok, shape)
 
 
@@ -272,7 +252,7 @@ def _sees(positions, first, end) -> jax.Array:
 
 
 def _weights(
-    products: jax.Array, d_weights: jax.Array, lse, delta, sees, scale: float, cap: float | None
+    products: jax.Array, d_weights: jax.Array, lse, delta, sees, layer: Layer
 ) -> tuple[jax.Array, jax.Array]:
     """Weights of the softmax, and the gradient of the products, but for the scale.
 
@@ -282,10 +262,10 @@ def _weights(
         lse: The log-sum-exp of each row, in base 2.
         delta: What the weights' gradients of each row are compared with.
         sees: Which keys each row sees; None for all.
-        scale: Factor on the products.
-        cap: Cap of the logits, or None.
+        layer: What is static about the layer.
     """
-    logits = base2_logits(products, scale, cap)
+    cap = layer.logits_soft_cap
+    logits = base2_logits(products, layer.scale, cap)
     weights = jnp.exp2(logits - lse)
     weights = weights if sees is None else jnp.where(sees, weights, 0.0)
     d_products = weights * (d_weights - delta)

@@ -1,6 +1,6 @@
-"""What the kernels on the Pallas Triton backend share: launches, rows of queries, blocks of keys.
+"""What the kernels on the Pallas Triton backend share: their sizes, rows of queries, blocks of keys.
 
-Every call that exists only on Pallas's Triton backend is made in this file (`plgpu`).
+Every call that exists only on Pallas's Triton backend is made in this file and in `launch.py` (`plgpu`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn_kernels.arrays import TileArrays
+from jaxattn_kernels.arrays import Tiles
 
 # Softmax in base 2: the GPU has exp2, and log2(e) goes into the scale.
 LOG2E = math.log2(math.e)
 # The narrowest operand of a tensor-core product.
 MIN_DOT = 16
 MAX_PROGRAMS = 512
-"""Programs of one launch, at most: what the largest GPUs run at once, three or four on each multiprocessor.
-Where a list has room for more units, each program takes every 512th of those that are live, so that room
-which a batch leaves empty costs nothing."""
 
 load, store = plgpu.load, plgpu.store
 
@@ -70,6 +67,15 @@ class Shape(NamedTuple):
     block_q: int
     block_k: int
 
+    @classmethod
+    def of_launch(
+        cls, config: KernelConfig, q_shape: tuple[int, ...], num_kv_heads: int, tile_q: int
+    ) -> Shape:
+        """The sizes of a launch for tiles of `tile_q` tokens, from `[T, N, H]` and K."""
+        T, N, H = q_shape
+        block_q = max(1, min(tile_q, config.max_rows // (N // num_kv_heads)))
+        return cls(T, N, num_kv_heads, H, tile_q, block_q, config.block_k)
+
     @property
     def group_size(self) -> int:
         """Query heads per key head, G."""
@@ -86,9 +92,14 @@ class Shape(NamedTuple):
         return block_of(self.head_dim)
 
     @property
-    def programs_per_unit(self) -> int:
-        """One per key head and per part of a tile that is too tall for one program."""
+    def items_per_unit(self) -> int:
+        """Work items per unit: one per key head and per part of a tile that is too tall for one program."""
         return self.num_kv_heads * pl.cdiv(self.tile_q, self.block_q)
+
+    def split_item(self, item: Any) -> tuple[Any, Any, Any]:
+        """The unit of a work item, its key head, and its part of the tile."""
+        K = self.num_kv_heads
+        return item // self.items_per_unit, item % K, item % self.items_per_unit // K
 
 
 def block_of(n: int) -> int:
@@ -96,71 +107,20 @@ def block_of(n: int) -> int:
     return max(MIN_DOT, 1 << (n - 1).bit_length())
 
 
-def like(array: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
-    """The shape of a result that varies over the same axes of a mesh as an array does."""
-    return jax.eval_shape(lambda x: jnp.broadcast_to(x.ravel()[0], shape).astype(dtype), array)
+class Layer(NamedTuple):
+    """What is static about a layer.
 
-
-def launch(
-    kernel: Callable[..., None],
-    name: str,
-    programs: int,
-    live_programs: Callable[..., Any],
-    inputs: tuple,
-    outputs: tuple,
-    before: Any = None,
-    *,
-    config: KernelConfig,
-    interpret: bool,
-) -> tuple:
-    """Run `kernel(program, *inputs, *outputs)` for every live program, all arguments as references.
-
-    Args:
-        kernel: The kernel.
-        name: Its name.
-        programs: Programs that there is room for.
-        live_programs: From the inputs, how many of them are live, which come first; asked where a launch
-            has fewer programs than there is room for.
-        inputs: Arrays, in pytrees.
-        outputs: Shapes of the results, in pytrees.
-        before: What the first outputs hold before, whose memory they take; None for nothing.
-        config: Sizes of the launch.
-        interpret: Run on the CPU, as the interpreter of Pallas does.
+    Attributes:
+        page_size: Tokens per page, or None for packed keys.
+        scale: Factor on q·k.
+        logits_soft_cap: Cap c of `c * tanh(x / c)`, or None.
+        windowed: Whether a token's range may begin after the sequence does.
     """
-    anywhere, first = pl.BlockSpec(memory_space=pl.ANY), len(jax.tree.leaves(inputs))
 
-    def body(*refs: Any) -> None:
-        arguments = (*refs[: len(inputs)], *refs[len(inputs) + 1 :])
-        _for_each(lambda program: kernel(program, *arguments), programs, lambda: live_programs(*arguments))
-
-    return pl.pallas_call(
-        body,
-        grid=(min(programs, MAX_PROGRAMS),),
-        in_specs=jax.tree.map(lambda _: anywhere, (*inputs, before)),
-        out_specs=jax.tree.map(lambda _: anywhere, outputs),
-        out_shape=outputs,
-        input_output_aliases={first + i: i for i in range(len(jax.tree.leaves(before)))},
-        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        interpret=interpret,
-        name=name,
-    )(*inputs, before)
-
-
-def _for_each(run: Callable[[Any], None], programs: int, live_programs: Callable[[], Any]) -> None:
-    """Run this program's share of the `programs` that there is room for."""
-    first = pl.program_id(0)
-    if programs <= MAX_PROGRAMS:  # a dead one ends at once
-        run(first)
-        return
-    live = live_programs()
-
-    def step(i, _):
-        # Odd rounds run backwards: where long tiles come first, everybody's share is then equally long.
-        place = jnp.where((i & 1) == 0, first, MAX_PROGRAMS - 1 - first)
-        program = i * MAX_PROGRAMS + place
-        pl.when(program < live)(lambda: run(program))
-
-    lax.fori_loop(0, (live + (MAX_PROGRAMS - 1)) // MAX_PROGRAMS, step, None)
+    page_size: int | None
+    scale: float
+    logits_soft_cap: float | None
+    windowed: bool
 
 
 class Rows(NamedTuple):
@@ -194,7 +154,7 @@ class Rows(NamedTuple):
         return load(ref.at[self.q_row, self.q_head], mask=self.is_live, other=0.0)
 
 
-def rows_of(tiles: TileArrays, w, head, part, visible: Any, shape: Shape) -> Rows:
+def rows_of(tiles: Tiles, w, head, part, visible: Any, shape: Shape) -> Rows:
     """The rows of one key head, and of one part, of a tile."""
     r, G = jnp.arange(shape.block_rows, dtype=jnp.int32), shape.group_size
     token = part * shape.block_q + r // G
