@@ -61,7 +61,7 @@ def attend(
     )
 
 
-def obstacle(
+def unsupported_reason(
     spec: AttentionSpec,
     dtype: jax.typing.DTypeLike,
     kv_dtype: jax.typing.DTypeLike,
@@ -70,7 +70,7 @@ def obstacle(
     capability: str | None = None,
 ) -> str | None:
     """Why the kernel for a compute capability cannot serve a layer over such pages; None where it can."""
-    found = _kernel(capability).obstacle(
+    found = _kernel(capability).unsupported_reason(
         dtype=dtype,
         kv_dtype=kv_dtype,
         head_dim=spec.head_dim,

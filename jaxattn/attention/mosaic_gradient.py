@@ -13,7 +13,9 @@ from jaxattn.metadata.consumers import MOSAIC_KEY_BLOCK, mosaic_tiling
 from jaxattn.metadata.spec import AttentionSpec
 from jaxattn.metadata.superset import AttentionMetadata
 from jaxattn_kernels.arrays import Attended
-from jaxattn_kernels.mosaic_gpu import hopper_gradient as kernel
+from jaxattn_kernels.mosaic_gpu import hopper_gradient
+from jaxattn_kernels.mosaic_gpu.hopper_gradient_keys import keys_gradient
+from jaxattn_kernels.mosaic_gpu.hopper_gradient_queries import queries_gradient
 
 
 def attend_backward(
@@ -27,7 +29,7 @@ def attend_backward(
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Gradients:
-    """Gradients of queries, keys and values (see `gradients.Backward`), compiled for a Hopper GPU.
+    """Gradients of queries, keys and values (see `vjp.Backward`), compiled for a Hopper GPU.
 
     Args:
         q: Queries, packed.
@@ -49,14 +51,14 @@ def attend_backward(
         "windowed": spec.window_class.span is not None,
         "interpret": interpret,
     }
-    dq, delta = kernel.queries_gradient(work.inputs, work.tile_lists, **options)
-    dk, dv = kernel.keys_gradient(
+    dq, delta = queries_gradient(work.inputs, work.tile_lists, **options)
+    dk, dv = keys_gradient(
         work.inputs, delta, work.key_tiles, work.num_rows, work.key_dtype, **options
     )  # fmt: skip
     return Gradients(dq, dk, dv, delta)
 
 
-def obstacle(
+def unsupported_reason(
     spec: AttentionSpec,
     dtype: jax.typing.DTypeLike,
     kv_dtype: jax.typing.DTypeLike,
@@ -67,7 +69,7 @@ def obstacle(
     """Why the kernels cannot serve a layer over such pages on a GPU; None where they can."""
     if (capability or HOPPER) != HOPPER:
         return f"it needs an NVIDIA GPU of compute capability {HOPPER}, not {capability}"
-    return kernel.obstacle(
+    return hopper_gradient.unsupported_reason(
         dtype=dtype,
         kv_dtype=kv_dtype,
         head_dim=spec.head_dim,

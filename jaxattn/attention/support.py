@@ -92,7 +92,7 @@ def mosaic_unsupported_reason(
     """
     from jaxattn.attention import mosaic  # its compiler is loaded where somebody asks for it
 
-    return mosaic.obstacle(spec, dtype, kv_dtype, page_size, capability=capability)
+    return mosaic.unsupported_reason(spec, dtype, kv_dtype, page_size, capability=capability)
 
 
 def gradient_of(
@@ -120,7 +120,7 @@ def gradient_of(
     from jaxattn.attention import mosaic_gradient  # as above
 
     capability = device.compute_capability
-    found = mosaic_gradient.obstacle(spec, dtype, kv_dtype, page_size, capability=capability)
+    found = mosaic_gradient.unsupported_reason(spec, dtype, kv_dtype, page_size, capability=capability)
     return "triton" if found else implementation
 
 

@@ -23,7 +23,7 @@ def attend_backward(
     metadata: AttentionMetadata,
     spec: AttentionSpec,
 ) -> Gradients:
-    """Gradients of queries, keys and values (see `gradients.Backward`).
+    """Gradients of queries, keys and values (see `vjp.Backward`).
 
     Compiled where the program is lowered for CUDA, interpreted elsewhere.
 

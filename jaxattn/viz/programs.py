@@ -82,7 +82,7 @@ def launch_of(tiles: Tiles, spec: AttentionSpec, *, itemsize: int = 2) -> Launch
     config = config_for(block_rows=block_of(tiles.block_q * (N // K)), head_dim=H, itemsize=itemsize)
     shape = Shape.of_launch(config, (0, N, H), K, tiles.block_q)  # how many tokens there are changes nothing
     programs = min(room_for_units(tiles) * shape.items_per_unit, MAX_TRITON_PROGRAMS)
-    num_items = int(live_units(tiles)) * shape.items_per_unit
+    num_items = int(live_units(tiles, tiles.num_live)) * shape.items_per_unit
     turn, program = (x.ravel() for x in np.indices((-(-num_items // MAX_TRITON_PROGRAMS), programs)))
     item = np.asarray(work_item(turn, program))
     in_order = np.argsort(item)[:num_items]

@@ -14,6 +14,10 @@ from jaxattn_kernels.mosaic_gpu.hopper_gradient import HEAD_DIMS
 pytestmark = pytest.mark.compile
 
 PROGRAM = """
+from jaxattn_kernels.mosaic_gpu.hopper_gradient_keys import keys_gradient
+from jaxattn_kernels.mosaic_gpu.hopper_gradient_queries import queries_gradient
+
+
 def go_back(q, k, results, visible, start, page_list, lists, key_tiles):
     inputs = GradientInputs(
         visible, KeyLookup(start, page_list if page_size else None), q, k, k, results, results
@@ -22,9 +26,9 @@ def go_back(q, k, results, visible, start, page_list, lists, key_tiles):
         "page_size": page_size or None, "scale": 0.1, "logits_soft_cap": 30.0 if masked else None,
         "windowed": bool(masked),
     }
-    dq, delta = kernel.queries_gradient(inputs, lists, **options)
+    dq, delta = queries_gradient(inputs, lists, **options)
     dtype = jnp.float32 if page_size else q.dtype
-    return dq, kernel.keys_gradient(inputs, delta, key_tiles, k.shape[0], dtype, **options)
+    return dq, keys_gradient(inputs, delta, key_tiles, k.shape[0], dtype, **options)
 
 
 results = Attended(q, jax.ShapeDtypeStruct(q.shape[:2], jnp.float32))

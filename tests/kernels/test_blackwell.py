@@ -35,8 +35,8 @@ from jaxattn.attention.kernel_inputs import kernel_inputs
 from jaxattn.measuring.workloads import ODD, Workload
 from jaxattn.metadata.consumers import mosaic_tiling
 from jaxattn_kernels.mosaic_gpu import blackwell as kernel
-from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
-from jaxattn_kernels.mosaic_gpu.parts import KernelConfig
+from jaxattn_kernels.mosaic_gpu import program
+from jaxattn_kernels.mosaic_gpu.program import KernelConfig
 
 pytestmark = [pytest.mark.simulator, pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
@@ -204,7 +204,7 @@ def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, window, kernels
 
 
 def test_is_exported_with_64_bit_types_enabled(monkeypatch):
-    monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(program, "MAX_MOSAIC_PROGRAMS", 2)
     with jax.enable_x64(True):
         assert count_kernels(ATTEND, layer(2, 1), 16) == 3
 
@@ -217,8 +217,8 @@ def test_the_compute_capability_chooses_the_kernel():
         for capability in (None, "9.0", "10.0", "10.3")
     }
     assert names == {None: "hopper", "9.0": "hopper", "10.0": "blackwell", "10.3": "blackwell"}
-    assert mosaic.obstacle(spec, "bfloat16", "bfloat16", 96, capability="9.0")
-    assert "not 8.0" in str(mosaic.obstacle(spec, "bfloat16", "bfloat16", 16, capability="8.0"))
+    assert mosaic.unsupported_reason(spec, "bfloat16", "bfloat16", 96, capability="9.0")
+    assert "not 8.0" in str(mosaic.unsupported_reason(spec, "bfloat16", "bfloat16", 16, capability="8.0"))
     assert [mosaic.serves(x) for x in (None, "8.0", "9.0", "10.3", "12.0")] == [
         False,
         False,
@@ -242,8 +242,8 @@ def test_the_compute_capability_chooses_the_kernel():
 )
 def test_what_the_kernel_cannot_serve_has_a_reason(options, reason):
     possible = {"dtype": "bfloat16", "head_dim": 64, "group_size": 3, "page_size": 16}
-    assert kernel.obstacle(**possible) is None
-    assert reason in kernel.obstacle(**(possible | options))
+    assert kernel.unsupported_reason(**possible) is None
+    assert reason in kernel.unsupported_reason(**(possible | options))
 
 
 def test_refuses_what_does_not_fit():

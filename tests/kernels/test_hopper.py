@@ -32,7 +32,7 @@ from jaxattn import Bucket, attention
 from jaxattn.attention import mosaic
 from jaxattn.measuring.workloads import ODD, Workload
 from jaxattn_kernels.mosaic_gpu import hopper as kernel
-from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
+from jaxattn_kernels.mosaic_gpu import program
 
 pytestmark = [pytest.mark.simulator, pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
@@ -171,7 +171,7 @@ def test_is_exported_for_cuda_from_anywhere(head_dim, page_size, window):
 
 @pytest.mark.smoke
 def test_is_exported_with_64_bit_types_enabled(monkeypatch):
-    monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(program, "MAX_MOSAIC_PROGRAMS", 2)
     with jax.enable_x64(True):
         assert count_kernels(HOPPER, layer(2, 1), 16) == 3
 
@@ -190,8 +190,8 @@ def test_is_exported_with_64_bit_types_enabled(monkeypatch):
 )
 def test_what_the_kernel_cannot_serve_has_a_reason(options, reason):
     possible = {"dtype": "bfloat16", "head_dim": 64, "group_size": 3, "page_size": 16}
-    assert kernel.obstacle(**possible) is None
-    assert reason in kernel.obstacle(**(possible | options))
+    assert kernel.unsupported_reason(**possible) is None
+    assert reason in kernel.unsupported_reason(**(possible | options))
 
 
 def test_attention_refuses_what_the_kernel_cannot_serve():

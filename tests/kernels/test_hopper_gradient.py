@@ -38,7 +38,9 @@ from jaxattn.attention.support import gradient_of
 from jaxattn.measuring.workloads import ODD, Workload
 from jaxattn_kernels.arrays import Attended
 from jaxattn_kernels.mosaic_gpu import hopper_gradient as kernel
-from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
+from jaxattn_kernels.mosaic_gpu import hopper_gradient_keys as for_keys
+from jaxattn_kernels.mosaic_gpu import hopper_gradient_queries as for_queries
+from jaxattn_kernels.mosaic_gpu import program
 
 pytestmark = [pytest.mark.simulator, pytest.mark.usefixtures("no_races"), pytest.mark.thinned(2)]
 
@@ -142,7 +144,7 @@ def test_what_does_not_change_a_bit(monkeypatch):
     workload = Workload("mixed", (1, 70, 2), (20, 0, 1), "")
     q, k, v, metadata, d_out, d_lse = draw(workload, spec, 64, "bfloat16", Bucket(76, 3))
     expected = simulated(spec)(q, k, v, metadata, d_out, d_lse)
-    monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(program, "MAX_MOSAIC_PROGRAMS", 2)
     q, d_out = (x.at[1:71].set(jnp.nan) for x in (q, d_out))
     simulated.cache_clear()
     got = simulated(spec)(q, k, v, metadata, d_out, d_lse)
@@ -168,22 +170,22 @@ def test_agrees_with_the_definition_everywhere(group_size, page_size, head_dim):
 MISTAKES = {
     "none": (lambda monkeypatch: None, 64, 256),
     "keys are released before they are read": (
-        functools.partial(release_too_early, kernel, "_consume_keys", "k_ready", "k_free"), 64, 256,
+        functools.partial(release_too_early, for_queries, "_consume_keys", "k_ready", "k_free"), 64, 256,
     ),
     "queries are released before they are read": (
-        functools.partial(release_too_early, kernel, "_consume_rows", "k_ready", "k_free"), 64, 256,
+        functools.partial(release_too_early, for_keys, "_consume_rows", "k_ready", "k_free"), 64, 256,
     ),
     "keys are read before they arrive": (
-        functools.partial(forget_to_wait, kernel, "_consume_keys", "k_ready"), 20, 40,
+        functools.partial(forget_to_wait, for_queries, "_consume_keys", "k_ready"), 20, 40,
     ),
     "queries are read before they arrive": (
-        functools.partial(forget_to_wait, kernel, "_consume_rows", "k_ready"), 20, 40,
+        functools.partial(forget_to_wait, for_keys, "_consume_rows", "k_ready"), 20, 40,
     ),
     "a consumer's own keys are read before they arrive": (
-        functools.partial(forget_to_wait, kernel, "_consume_rows", "rows_ready"), 20, 40,
+        functools.partial(forget_to_wait, for_keys, "_consume_rows", "rows_ready"), 20, 40,
     ),
     "queries are read before they are cleared": (
-        functools.partial(forget_to_wait, kernel, "_consume_rows", "cleared"), 20, 40,
+        functools.partial(forget_to_wait, for_keys, "_consume_rows", "cleared"), 20, 40,
     ),
     "writes are not committed": (functools.partial(forget_to_call, "commit_smem"), 20, 40),
 }  # fmt: skip

@@ -170,7 +170,7 @@ def test_a_kernel_that_cannot_read_a_quantised_cache_is_left_out(fake):
         PLAN, dtypes=("bfloat16",), cache_dtypes=("int8",), implementations=("mosaic", "xla")
     )
     row = rows_of(plan)[1]
-    assert row["left_out"] == {"mosaic": mosaic.obstacle(
+    assert row["left_out"] == {"mosaic": mosaic.unsupported_reason(
         plan.spec(LAYER), "bfloat16", "int8", 16, capability="that of a cpu"
     )}  # fmt: skip
     assert row["implementation"] == "xla"

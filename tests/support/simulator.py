@@ -25,7 +25,7 @@ from jaxattn.attention.kernel_inputs import kernel_inputs
 from jaxattn.measuring.workloads import ODD, Workload, nest_workload
 from jaxattn.metadata import consumers
 from jaxattn_kernels.arrays import Tiles
-from jaxattn_kernels.mosaic_gpu import parts as mosaic_parts
+from jaxattn_kernels.mosaic_gpu import plain_rows, program
 
 # Clocks of copies and products are kept per simulated engine, in turn: with the default of five, two
 # warpgroups come to share one, which hides a race now and then.
@@ -177,7 +177,7 @@ def check_what_does_not_change_a_bit(kernel: Any, monkeypatch) -> None:
         )  # fmt: skip
 
     expected = attend(dataclasses.replace(short, split=None), long)
-    monkeypatch.setattr(mosaic_parts, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(program, "MAX_MOSAIC_PROGRAMS", 2)
     backwards = jnp.arange(long.seq.shape[0], dtype=jnp.int32)[::-1]
     got = attend(short, dataclasses.replace(long, order=backwards))
     for x, y in zip(got, expected, strict=True):
@@ -256,14 +256,14 @@ def forget_to_call(name: str, monkeypatch) -> None:
 
 def forget_to_wait_for_copies(monkeypatch) -> None:
     """The second half of a partial result is written while the first may be on its way out."""
-    real_copy, real_wait, copies = mosaic_parts.copy_tokens, plgpu.wait_smem_to_gmem, itertools.count()
+    real_copy, real_wait, copies = plain_rows.copy_tokens, plgpu.wait_smem_to_gmem, itertools.count()
 
     def copy(*args):
         forgets = next(copies) == 1  # of a result, and of two halves
         monkeypatch.setattr(plgpu, "wait_smem_to_gmem", (lambda n: None) if forgets else real_wait)
         real_copy(*args)
 
-    monkeypatch.setattr(mosaic_parts, "copy_tokens", copy)
+    monkeypatch.setattr(plain_rows, "copy_tokens", copy)
 
 
 def races(attend: Callable[[], Any], caplog, capsys) -> bool:

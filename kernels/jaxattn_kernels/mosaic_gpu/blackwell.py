@@ -1,13 +1,12 @@
 """Ragged attention on Pallas's Mosaic GPU backend: Blackwell, its copy engine (TMA), its `tcgen05` products.
 
-The same units as for the Hopper kernel (`mosaic.py`), and the same rule: the ranges of visible keys are the
+The same units as for the Hopper kernel (`hopper.py`), and the same rule: the ranges of visible keys are the
 only mask. A program serves a unit and a key head, with 128 rows. Scores, weights and outputs lie in tensor
 memory, where products write. Three warpgroups have roles: one computes the softmax, a row per thread, one
 copies blocks of keys and values into shared memory, and one issues the products. While the weights of a block
 are computed, the scores of the next one are multiplied.
 
-Every call that exists only on the Mosaic GPU backend is made in this file, in `mosaic.py`, and in the
-`mosaic_*.py` that both share (`plgpu`).
+Calls that exist only on the Mosaic GPU backend are made in this folder alone (`plgpu`).
 """
 
 from __future__ import annotations
@@ -21,30 +20,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxattn_kernels.mosaic_gpu import key_blocks, plain_rows, softmax
 from jaxattn_kernels.mosaic_gpu import launch as mosaic_launch
-from jaxattn_kernels.mosaic_gpu.parts import (
+from jaxattn_kernels.mosaic_gpu.program import (
     FLOOR,
     NEG,
     Arguments,
     KernelConfig,
     KernelProgram,
     Unit,
-    across,
-    clear_strangers,
-    copy_obstacle,
-    dtype_obstacle,
-    fetch_queries,
-    finish,
-    load_rows,
-    logits,
-    mask,
+    for_live_units,
     one_memory,
-    page_obstacle,
-    play,
-    produce,
-    row_ranges,
-    store_results,
-    store_rows,
+    unsupported_copy,
+    unsupported_dtype,
+    unsupported_head_dim,
+    unsupported_page_size,
 )
 
 ROWS = 128
@@ -81,7 +71,7 @@ def config_for(*, num_consumers: int = 1, head_dim: int) -> KernelConfig:
     return KernelConfig(block_k=128, num_stages=3 if head_dim == 128 else 4)
 
 
-def obstacle(
+def unsupported_reason(
     *,
     dtype: jax.typing.DTypeLike,
     head_dim: int,
@@ -98,15 +88,15 @@ def obstacle(
         page_size: Tokens per page, or None for packed keys.
         kv_dtype: Element type of keys and values; that of queries where None.
     """
-    if reason := dtype_obstacle(dtype, kv_dtype):
+    if reason := unsupported_dtype(dtype, kv_dtype):
         return reason
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if reason := unsupported_head_dim(head_dim, HEAD_DIMS):
+        return reason
     if group_size > MAX_GROUP:
         return f"two tokens' {group_size} query heads per key head exceed the {ROWS} rows of a product"
     rows = MAX_GROUP // group_size * group_size  # of a short tile, and half of those of a long one
-    blocks = {config_for(head_dim=head_dim).block_k}
-    return copy_obstacle(rows, head_dim) or page_obstacle(page_size, blocks)
+    block_sizes = {config_for(head_dim=head_dim).block_k}
+    return unsupported_copy(rows, head_dim) or unsupported_page_size(page_size, block_sizes)
 
 
 def _consumers_for(block_q: int, group_size: int) -> tuple[int, int]:
@@ -196,17 +186,17 @@ def _kernel(program: KernelProgram, refs: Arguments, smem: _Smem, tmem: _Tmem, b
     @pl.when(warpgroup == SOFTMAX)
     def _():
         plgpu.set_max_registers(SOFTMAX_REGISTERS, action="increase")
-        play(refs, lambda u, unit: _attend(program, u, unit, head, refs, smem, tmem, barriers))
+        for_live_units(refs, lambda u, unit: _attend(program, u, unit, head, refs, smem, tmem, barriers))
 
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        play(refs, lambda u, unit: produce(program, unit, head, refs, smem, barriers))
+        for_live_units(refs, lambda u, unit: key_blocks.produce(program, unit, head, refs, smem, barriers))
 
     @pl.when(warpgroup == PRODUCTS)
     def _():
         plgpu.set_max_registers(PRODUCTS_REGISTERS, action="decrease")
-        play(refs, lambda u, unit: _multiply(program, unit, smem, tmem, barriers))
+        for_live_units(refs, lambda u, unit: _multiply(program, unit, smem, tmem, barriers))
 
 
 def _multiply(program: KernelProgram, unit: Unit, smem: _Smem, tmem: _Tmem, barriers: _Barriers) -> None:
@@ -231,7 +221,7 @@ def _multiply(program: KernelProgram, unit: Unit, smem: _Smem, tmem: _Tmem, barr
         pl.when(i + 1 < unit.num_blocks)(lambda: scores(i + 1))
         stage = stage_of(i)
         plgpu.barrier_wait(barriers.v_ready.at[stage])
-        clear_strangers(program, unit, smem.v.at[stage], unit.begin + i)
+        key_blocks.clear_out_of_range(program, unit, smem.v.at[stage], unit.begin + i)
         plgpu.barrier_wait(barriers.weights_ready)
         plgpu.tcgen05_mma(tmem.out, tmem.weights, smem.v.at[stage], accumulate=i > 0)
         plgpu.tcgen05_commit_arrive(barriers.v_free.at[stage])
@@ -264,10 +254,10 @@ def _attend(
     """
     block_k, H, me = program.sizes.block_k, program.head_dim, 0
     rows, *partial_rows = smem.rows
-    row_start, row_end = row_ranges(program, unit, me, refs)
-    fetch_queries(program, unit, head, me, barriers.q_copied, (refs.q, rows))
+    row_start, row_end = plain_rows.load_ranges(program, unit, me, refs)
+    plain_rows.fetch(program, unit, head, me, barriers.q_copied, (refs.q, rows))
     for part in _parts(H):
-        plgpu.async_store_tmem(tmem.q.at[:, part], load_rows(program, rows.at[..., part]))
+        plgpu.async_store_tmem(tmem.q.at[:, part], plain_rows.load(program, rows.at[..., part]))
     plgpu.commit_tmem()
     plgpu.barrier_arrive(barriers.q_ready)
 
@@ -275,7 +265,7 @@ def _attend(
         for part in _parts(H):
             old = plgpu.async_load_tmem(tmem.out.at[:, part], layout=NATIVE)
             plgpu.wait_load_tmem()
-            plgpu.async_store_tmem(tmem.out.at[:, part], old * across(factor, old.shape))
+            plgpu.async_store_tmem(tmem.out.at[:, part], old * softmax.across(factor, old.shape))
 
     def attend_block(i, state):
         row_max, total = state  # the maximum that weights are relative to, and their sum
@@ -284,14 +274,16 @@ def _attend(
         s = plgpu.async_load_tmem(tmem.scores, layout=NATIVE)
         plgpu.wait_load_tmem()
         plgpu.barrier_arrive(barriers.scores_free)
-        s = logits(program, s)
+        s = softmax.logits(program, s)
         sees_all = (unit.all_begin <= j) & (j < unit.all_end)
-        s = lax.cond(sees_all, lambda s: s, lambda s: mask(program, s, j * block_k, row_start, row_end), s)
+        s = lax.cond(
+            sees_all, lambda s: s, lambda s: softmax.mask(program, s, j * block_k, row_start, row_end), s
+        )
         new_max = s.max(axis=1)
         grows = new_max > row_max + GROWTH
         new_max = jnp.where(grows, new_max, row_max)
         rescale = jnp.exp2(row_max - new_max)
-        p = jnp.exp2(s - across(jnp.maximum(new_max, FLOOR), s.shape))
+        p = jnp.exp2(s - softmax.across(jnp.maximum(new_max, FLOOR), s.shape))
         total = total * rescale + p.sum(axis=1)
         any_grows = jnp.where(grows, 1.0, 0.0).max() > 0
 
@@ -305,17 +297,19 @@ def _attend(
     state = tuple(plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), NATIVE.reduce(1)) for x in (NEG, 0.0))
     row_max, total = lax.fori_loop(0, unit.num_blocks, attend_block, state)
     pl.when(unit.num_blocks > 0)(lambda: plgpu.barrier_wait(barriers.out_ready))
-    factor, lse = finish(program, unit, head, row_max, total, refs)
+    factor, lse = softmax.finish(program, unit, head, row_max, total, refs)
 
     def write(place, first):
         for part in _parts(place.shape[-1]):
             out = plgpu.async_load_tmem(tmem.out.at[:, pl.ds(first + part.start, part.size)], layout=NATIVE)
             plgpu.wait_load_tmem()
             # Of a row that sees no key, what lies there may be anything.
-            out = jnp.where(across(total > 0, out.shape), out * across(factor, out.shape), 0.0)
-            store_rows(program, place.at[..., part], out)
+            out = jnp.where(
+                softmax.across(total > 0, out.shape), out * softmax.across(factor, out.shape), 0.0
+            )
+            plain_rows.store(program, place.at[..., part], out)
 
-    store_results(program, u, unit, head, me, refs, (rows, *partial_rows), lse, write)
+    plain_rows.store_results(program, u, unit, head, me, refs, (rows, *partial_rows), lse, write)
 
 
 def _parts(num_columns: int) -> list[pl.Slice]:
@@ -328,7 +322,7 @@ KERNEL = mosaic_launch.Kernel(
     rows=ROWS,
     layout=NATIVE,
     helpers=2,
-    obstacle=obstacle,
+    unsupported_reason=unsupported_reason,
     consumers_for=_consumers_for,
     config_for=config_for,
     scratch=_scratch,

@@ -7,8 +7,7 @@ each consumer attends with 64 rows. A short tile has one consumer. A long one ha
 while one multiplies, the other computes its softmax. Where the keys of a tile are split among programs,
 a second kernel merges their partial results.
 
-Every call that exists only on the Mosaic GPU backend is made in this file, in `blackwell.py`, and in the
-`mosaic_*.py` that both share (`plgpu`).
+Calls that exist only on the Mosaic GPU backend are made in this folder alone (`plgpu`).
 """
 
 from __future__ import annotations
@@ -23,30 +22,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxattn_kernels.mosaic_gpu import key_blocks, plain_rows, softmax
 from jaxattn_kernels.mosaic_gpu import launch as mosaic_launch
-from jaxattn_kernels.mosaic_gpu.parts import (
+from jaxattn_kernels.mosaic_gpu.program import (
     FLOOR,
     NEG,
     Arguments,
     KernelConfig,
     KernelProgram,
     Unit,
-    across,
-    clear_strangers,
-    copy_obstacle,
-    dtype_obstacle,
-    fetch_queries,
-    finish,
-    load_rows,
-    logits,
-    mask,
+    for_live_units,
     one_memory,
-    page_obstacle,
-    play,
-    produce,
-    row_ranges,
-    store_results,
-    store_rows,
+    unsupported_copy,
+    unsupported_dtype,
+    unsupported_head_dim,
+    unsupported_page_size,
 )
 
 ROWS = 64
@@ -72,7 +62,7 @@ def config_for(*, num_consumers: int, head_dim: int) -> KernelConfig:
     return KernelConfig(block_k=128, num_stages=2)
 
 
-def obstacle(
+def unsupported_reason(
     *,
     dtype: jax.typing.DTypeLike,
     head_dim: int,
@@ -89,15 +79,15 @@ def obstacle(
         page_size: Tokens per page, or None for packed keys.
         kv_dtype: Element type of keys and values; that of queries where None.
     """
-    if reason := dtype_obstacle(dtype, kv_dtype):
+    if reason := unsupported_dtype(dtype, kv_dtype):
         return reason
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if reason := unsupported_head_dim(head_dim, HEAD_DIMS):
+        return reason
     if group_size > ROWS:
         return f"a token's {group_size} query heads per key head exceed the {ROWS} rows of a product"
-    blocks = {config_for(num_consumers=n, head_dim=head_dim).block_k for n in (1, 2)}
+    block_sizes = {config_for(num_consumers=n, head_dim=head_dim).block_k for n in (1, 2)}
     rows = tokens_per_consumer(group_size) * group_size
-    return copy_obstacle(rows, head_dim) or page_obstacle(page_size, blocks)
+    return unsupported_copy(rows, head_dim) or unsupported_page_size(page_size, block_sizes)
 
 
 def tokens_per_consumer(group_size: int) -> int:
@@ -170,13 +160,15 @@ def _kernel(program: KernelProgram, refs: Arguments, smem: _Smem, barriers: _Bar
     def _():
         if consumers == 2:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        play(refs, lambda u, unit: _consume(program, u, unit, head, warpgroup, refs, smem, barriers))
+        for_live_units(
+            refs, lambda u, unit: _consume(program, u, unit, head, warpgroup, refs, smem, barriers)
+        )
 
     @pl.when(warpgroup == consumers)
     def _():
         if consumers == 2:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        play(refs, lambda u, unit: produce(program, unit, head, refs, smem, barriers))
+        for_live_units(refs, lambda u, unit: key_blocks.produce(program, unit, head, refs, smem, barriers))
 
 
 def _consume(
@@ -199,10 +191,10 @@ def _consume(
     sizes, H = program.sizes, program.head_dim
     block_k = sizes.block_k
     rows, q_smem, *partial_rows = (ref.at[me] for ref in smem.rows_or_q)
-    row_start, row_end = row_ranges(program, unit, me, refs)
+    row_start, row_end = plain_rows.load_ranges(program, unit, me, refs)
 
-    fetch_queries(program, unit, head, me, barriers.q_ready.at[me], (refs.q, rows))
-    q_smem[...] = load_rows(program, rows)
+    plain_rows.fetch(program, unit, head, me, barriers.q_ready.at[me], (refs.q, rows))
+    q_smem[...] = plain_rows.load(program, rows)
     plgpu.commit_smem()
 
     def take_turns():
@@ -216,21 +208,23 @@ def _consume(
         plgpu.barrier_wait(barriers.k_ready.at[stage])
         (s,) = products(program, (q_smem, smem.k.at[stage]), while_running=take_turns)
         plgpu.barrier_arrive(barriers.k_free.at[stage])
-        s = logits(program, s)
+        s = softmax.logits(program, s)
         sees_all = (unit.all_begin <= j) & (j < unit.all_end)
-        s = lax.cond(sees_all, lambda s: s, lambda s: mask(program, s, j * block_k, row_start, row_end), s)
+        s = lax.cond(
+            sees_all, lambda s: s, lambda s: softmax.mask(program, s, j * block_k, row_start, row_end), s
+        )
         new_max = jnp.maximum(row_max, s.max(axis=1))
         rescale = jnp.exp2(row_max - new_max)
-        p = jnp.exp2(s - across(jnp.maximum(new_max, FLOOR), s.shape))
+        p = jnp.exp2(s - softmax.across(jnp.maximum(new_max, FLOOR), s.shape))
         total = total * rescale + p.sum(axis=1)
-        acc = acc * across(rescale, acc.shape)
+        acc = acc * softmax.across(rescale, acc.shape)
 
         if program.num_consumers == 2:
             plgpu.barrier_arrive(barriers.turn)
         plgpu.barrier_wait(barriers.v_ready.at[stage])
         # For both consumers: the second is half a step behind, and multiplies when the first has given up
         # its turn.
-        clear_strangers(program, unit, smem.v.at[stage], j, mine=me == 0)
+        key_blocks.clear_out_of_range(program, unit, smem.v.at[stage], j, mine=me == 0)
         if program.num_consumers == 2:
             plgpu.barrier_wait(barriers.turn)
         (acc,) = add_products(program, (acc, p.astype(refs.q.dtype), smem.v.at[stage]))
@@ -248,13 +242,13 @@ def _consume(
     acc, row_max, total = lax.fori_loop(0, unit.num_blocks, attend_block, state)
     pl.when(me == 0)(take_turns)
 
-    factor, lse = finish(program, unit, head, row_max, total, refs)
-    out = acc * across(factor, acc.shape)
+    factor, lse = softmax.finish(program, unit, head, row_max, total, refs)
+    out = acc * softmax.across(factor, acc.shape)
 
     def write(place, first):
-        store_rows(program, place, out[:, first : first + place.shape[-1]])
+        plain_rows.store(program, place, out[:, first : first + place.shape[-1]])
 
-    store_results(program, u, unit, head, me, refs, (rows, *partial_rows), lse, write)
+    plain_rows.store_results(program, u, unit, head, me, refs, (rows, *partial_rows), lse, write)
 
 
 def products(
@@ -305,7 +299,7 @@ KERNEL = mosaic_launch.Kernel(
     rows=ROWS,
     layout=plgpu.Layout.WGMMA,
     helpers=1,
-    obstacle=obstacle,
+    unsupported_reason=unsupported_reason,
     consumers_for=_consumers_for,
     config_for=config_for,
     scratch=_scratch,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxattn_kernels.arrays import Attended, KeyLookup, Tiles, VisibleRange
 from jaxattn_kernels.mosaic_gpu.merge import MERGED, merge
-from jaxattn_kernels.mosaic_gpu.parts import (
+from jaxattn_kernels.mosaic_gpu.program import (
     LOG2E,
     NEG,
     TILE_ROWS,
@@ -36,8 +36,8 @@ class Kernel(NamedTuple):
         rows: Rows of a consumer: the height of a product.
         layout: How they lie among its threads.
         helpers: Warpgroups of a program besides its consumers.
-        obstacle: `obstacle(dtype=, kv_dtype=, head_dim=, group_size=, page_size=)` says why it cannot serve
-            a layer; None where it can.
+        unsupported_reason: `unsupported_reason(dtype=, kv_dtype=, head_dim=, group_size=, page_size=)` says
+            why it cannot serve a layer; None where it can.
         consumers_for: `consumers_for(block_q, group_size)` Tokens of a consumer, and number of consumers.
         config_for: `config_for(num_consumers=, head_dim=)` The sizes that fit.
         scratch: `scratch(program, dtype, is_split=)` What a program allocates.
@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
     rows: int
     layout: Any
     helpers: int
-    obstacle: Callable[..., str | None]
+    unsupported_reason: Callable[..., str | None]
     consumers_for: Callable[[int, int], tuple[int, int]]
     config_for: Callable[..., KernelConfig]
     scratch: Callable[..., tuple[Any, ...]]
@@ -97,12 +97,12 @@ def ragged_attention(
         token that sees no key. Rows that no tile covers are undefined.
 
     Raises:
-        NotImplementedError: If there is an obstacle.
+        NotImplementedError: If the kernel cannot serve the layer.
         ValueError: If tiles have more rows than a program.
     """
     (T, N, H), K = q.shape, k.shape[1]
     G = N // K
-    if reason := kernel.obstacle(
+    if reason := kernel.unsupported_reason(
         dtype=q.dtype, kv_dtype=k.dtype, head_dim=H, group_size=G, page_size=page_size
     ):
         raise NotImplementedError(reason)

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn_kernels.arrays import Attended, Tiles
-from jaxattn_kernels.mosaic_gpu.parts import LOG2E, NEG, KernelProgram, across, add_sink, run, share, store
+from jaxattn_kernels.mosaic_gpu import plain_rows, softmax
+from jaxattn_kernels.mosaic_gpu.program import LOG2E, NEG, KernelProgram, for_own_units, run
 
 MERGED = 32
 """Partial results that a program loads at once."""
@@ -113,7 +114,7 @@ def _merge(program: KernelProgram, refs: _Arguments) -> None:
             out = jnp.where(mine((MERGED, H), layout), out, 0.0)  # what nobody wrote may be NaN
             new_top = jnp.maximum(top, lse.max())
             weight, rescale = jnp.exp2(lse - new_top), jnp.exp2(top - new_top)
-            weights = plgpu.layout_cast(across(weight, (MERGED, H)), layout)
+            weights = plgpu.layout_cast(softmax.across(weight, (MERGED, H)), layout)
             acc = acc * rescale + (out * weights).sum(axis=0)
             return acc, new_top, total * rescale + weight.sum()
 
@@ -122,12 +123,12 @@ def _merge(program: KernelProgram, refs: _Arguments) -> None:
         acc, top, total = lax.fori_loop(0, (end - first + (MERGED - 1)) // MERGED, add_units, state)
         rescale = 1.0
         if refs.sinks is not None:
-            rescale, top, total = add_sink(top, total, refs.sinks[head])
+            rescale, top, total = softmax.add_sink(top, total, refs.sinks[head])
         out = acc * (rescale / jnp.where(total > 0, total, 1.0))
-        store(refs.out.at[refs.q_start[w] + token, head], out.astype(refs.out.dtype))
+        plain_rows.store_anywhere(refs.out.at[refs.q_start[w] + token, head], out.astype(refs.out.dtype))
         refs.lse[w, me, head // G, row] = jnp.where(total > 0, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
 
-    @functools.partial(share, refs.q_len.shape[0])
+    @functools.partial(for_own_units, refs.q_len.shape[0])
     def _(w):
         @pl.when(refs.indptr[w + 1] - refs.indptr[w] > 1)
         def _():

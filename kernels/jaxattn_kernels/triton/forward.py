@@ -8,7 +8,6 @@ keys of a tile are split among programs, a second kernel merges their partial re
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxattn_kernels.arrays import Attended, KeyLookup, KVScales, Tiles, VisibleRange
-from jaxattn_kernels.triton.launch import launch, like, live_units, room_for_units, unit_of
+from jaxattn_kernels.triton.launch import launch, like, live_units, operands_of, room_for_units, unit_of
 from jaxattn_kernels.triton.parts import (
     LOG2E,
     KernelConfig,
@@ -111,9 +110,7 @@ def ragged_attention(
     """
     layer, done = Layer(page_size, scale, logits_soft_cap, windowed), None
     for tiles in tile_lists:
-        # What no program reads is not handed over.
-        work = dataclasses.replace(tiles, num_attending=None)
-        inputs = _Inputs(work, lookup, visible, q, k, v, sinks, kv_scales)
+        inputs = _Inputs(*operands_of(tiles), lookup, visible, q, k, v, sinks, kv_scales)
         done = _attend_list(inputs, done, layer, interpret=interpret, config=config)
     assert done is not None
     return done
@@ -123,6 +120,7 @@ class _Inputs(NamedTuple):
     """What the programs of a launch read: see `ragged_attention`."""
 
     tiles: Tiles
+    num_live: Any
     lookup: KeyLookup
     visible: VisibleRange
     q: Any
@@ -154,7 +152,7 @@ def _attend_list(
         functools.partial(_ragged_attention, shape=shape, layer=layer),
         f"ragged_attention_q{shape.block_rows}",
         num_units * shape.items_per_unit,
-        lambda inputs, *_: live_units(inputs.tiles) * shape.items_per_unit,
+        lambda inputs, *_: live_units(inputs.tiles, inputs.num_live) * shape.items_per_unit,
         (inputs,), (result, partial), done,
         config=config, interpret=interpret,
     )  # fmt: skip
@@ -164,8 +162,8 @@ def _attend_list(
         functools.partial(_merge_attention, shape=shape),
         f"merge_attention_q{shape.block_rows}",
         num_tiles * shape.items_per_unit,
-        lambda tiles, *_: tiles.num_live[...] * shape.items_per_unit,
-        (tiles, inputs.visible, inputs.sinks, partial), (result,), done,
+        lambda _, num_live, *__: num_live[...] * shape.items_per_unit,
+        (tiles, inputs.num_live, inputs.visible, inputs.sinks, partial), (result,), done,
         config=config, interpret=interpret,
     )  # fmt: skip
     return done
@@ -240,8 +238,11 @@ def _ragged_attention(
         _store(partial, place, to_partial, rows, out, lse, shape)
 
 
-def _merge_attention(item, tiles: Tiles, visible, sinks, partial: Any, result: Any, *, shape: Shape) -> None:
+def _merge_attention(
+    item, tiles: Tiles, num_live, visible, sinks, partial: Any, result: Any, *, shape: Shape
+) -> None:
     """One key head, and one part, of a tile whose keys were split among several units."""
+    del num_live
     split, (w, head, part) = tiles.split, shape.split_item(item)
     assert split is not None
     first, end = split.indptr[w], split.indptr[w + 1]

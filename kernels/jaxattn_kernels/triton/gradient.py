@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxattn_kernels.arrays import GradientInputs, KeyTiles, Tiles
-from jaxattn_kernels.triton.launch import launch, like
+from jaxattn_kernels.triton.launch import launch, like, operands_of
 from jaxattn_kernels.triton.parts import (
     LOG2E,
     KernelConfig,
@@ -103,8 +103,8 @@ def queries_gradient(
             functools.partial(_queries_gradient, shape=shape, layer=layer),
             f"queries_gradient_q{shape.block_rows}",
             tiles.seq.shape[0] * shape.items_per_unit,
-            lambda tiles, *_, n=shape.items_per_unit: tiles.num_live[...] * n,
-            (dataclasses.replace(tiles, num_attending=None, split=None), inputs), (dq, delta), done,
+            lambda _, num_live, *__, n=shape.items_per_unit: num_live[...] * n,
+            (*operands_of(dataclasses.replace(tiles, split=None)), inputs), (dq, delta), done,
             config=config, interpret=interpret,
         )  # fmt: skip
     assert done is not None
@@ -112,9 +112,10 @@ def queries_gradient(
 
 
 def _queries_gradient(
-    item, tiles: Tiles, inputs: GradientInputs, dq_ref, delta_ref, *, shape: Shape, layer: Layer
+    item, tiles: Tiles, num_live, inputs: GradientInputs, dq_ref, delta_ref, *, shape: Shape, layer: Layer
 ) -> None:
     """One key head, and one part, of a tile of queries."""
+    del num_live
     (number, head, part), block_k = shape.split_item(item), shape.block_k
     w = number if tiles.order is None else tiles.order[number]
 

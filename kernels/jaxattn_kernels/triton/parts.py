@@ -23,7 +23,6 @@ from jaxattn_kernels.arrays import Tiles
 LOG2E = math.log2(math.e)
 # The narrowest operand of a tensor-core product.
 MIN_DOT = 16
-MAX_PROGRAMS = 512
 
 load, store = plgpu.load, plgpu.store
 
