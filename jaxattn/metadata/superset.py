@@ -154,7 +154,7 @@ class AttentionMetadata(Prepared):
         in a batch whose rows stand in this order.
         """
         phase = jnp.where(self.is_decode, 0, jnp.where(self.context_lens == 0, 1, 2))
-        is_real = jnp.arange(self.bucket.seqs) < self.num_seqs
+        is_real = jnp.arange(self.bucket.seqs, dtype=jnp.int32) < self.num_seqs
         phase = jnp.where(is_real, phase, 3)
         return (phase[:, None] <= jnp.arange(3)[None, :]).sum(axis=0, dtype=jnp.int32)
 
