@@ -43,7 +43,7 @@ from jaxattn import (
     nest_sequences,
     prepare_metadata,
 )
-from jaxattn.attention.xla import LONG_BLOCK_K, SHORT_BLOCK_K
+from jaxattn.attention.xla_tiles import BLOCKS_OF_KEYS
 from jaxattn.metadata.consumers import xla_tiling
 
 PAGE_SIZE = 16
@@ -174,7 +174,7 @@ def tiles_and_keys(metadata: AttentionMetadata, spec: AttentionSpec) -> dict[str
     visible = metadata.visible_keys(spec.window_class)
     tiles, keys = 0, 0
     lists = visible.schedule(xla_tiling(spec)).lists
-    for found, block in zip(lists, (SHORT_BLOCK_K, LONG_BLOCK_K), strict=False):
+    for found, block in zip(lists, BLOCKS_OF_KEYS, strict=False):
         live = int(found.num_attending)
         start, end = np.asarray(found.kv_start)[:live], np.asarray(found.kv_end)[:live]
         tiles += live

@@ -14,15 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Shaped
 
+from jaxattn.attention.xla_tiles import (
+    BLOCKS_OF_KEYS,
+    KeyBlock,
+    QueryTile,
+    Ranges,
+    key_block,
+    padded_ranges,
+    product,
+    query_tile,
+)
 from jaxattn.metadata.consumers import xla_tiling
 from jaxattn.metadata.spec import AttentionSpec, softmax_dtype
 from jaxattn.metadata.superset import AttentionMetadata
-from jaxattn.metadata.visible import VisibleKeys
 from jaxattn_kernels.arrays import KVScales, Tiles
-
-# Keys per block. Constants, not functions of the bucket: a sum in other blocks has other bits.
-SHORT_BLOCK_K = 512
-LONG_BLOCK_K = 256
 
 # Finite, so that a row that has seen nothing yet has exp(NEG - NEG) = 1 and not NaN.
 NEG = -1e30
@@ -65,22 +70,50 @@ def attend(
     """
     visible = metadata.visible_keys(spec.window_class)
     schedule = visible.schedule(xla_tiling(spec))
-    slots_of = _slot_lookup(metadata, page_size=k.shape[1] if k.ndim == 4 else None)
-    k, v = k.reshape(-1, *k.shape[-2:]), v.reshape(-1, *v.shape[-2:])
-
     # Tiles may reach past the last token: their rows lie in padding that is cut off again.
-    T = q.shape[0]
-    margin = max(tiles.block_q for tiles in schedule.lists)
-    q = jnp.pad(q, ((0, margin), (0, 0), (0, 0)))
-    out, lse = jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, softmax_dtype(q.dtype))
-    for tiles, block_k in zip(schedule.lists, (SHORT_BLOCK_K, LONG_BLOCK_K), strict=False):
-        out, lse = _attend_tiles(
-            out, lse, q, k, v, tiles, visible, spec, sinks, kv_scales, block_k=block_k, slots_of=slots_of
-        )
+    T, margin = q.shape[0], max(tiles.block_q for tiles in schedule.lists)
+    inputs = _Inputs(
+        q=jnp.pad(q, ((0, margin), (0, 0), (0, 0))),
+        k=k.reshape(-1, *k.shape[-2:]),
+        v=v.reshape(-1, *v.shape[-2:]),
+        ranges=padded_ranges(visible, margin),
+        places_of=_place_lookup(metadata, page_size=k.shape[1] if k.ndim == 4 else None),
+        sinks=sinks,
+        kv_scales=kv_scales,
+        spec=spec,
+    )
+    results = jnp.zeros_like(inputs.q), jnp.full_like(inputs.q[..., 0], -jnp.inf, softmax_dtype(q.dtype))
+    for tiles, block_k in zip(schedule.lists, BLOCKS_OF_KEYS, strict=False):
+        results = _attend_tiles(results, tiles, inputs, block_k)
+    out, lse = results
     return out[:T], lse[:T]
 
 
-def _slot_lookup(
+class _Inputs(NamedTuple):
+    """What every tile reads.
+
+    Attributes:
+        q: Queries, with room for tiles that reach past the last one.
+        k: Keys on one axis, packed or the slots of a cache.
+        v: Values, like the keys.
+        ranges: Which keys each token sees.
+        places_of: From a sequence and positions in it to places on the axis of keys.
+        sinks: Logits of the sinks, if the layer has them.
+        kv_scales: What quantised keys and values stand for, if they are.
+        spec: The layer.
+    """
+
+    q: Float[Array, "Tpad N H"]
+    k: Shaped[Array, "slots K H"]
+    v: Shaped[Array, "slots K H"]
+    ranges: Ranges
+    places_of: Callable[[Array, Int32[Array, " block_k"]], Int32[Array, " block_k"]]
+    sinks: Float[Array, " N"] | None
+    kv_scales: KVScales | None
+    spec: AttentionSpec
+
+
+def _place_lookup(
     metadata: AttentionMetadata, page_size: int | None
 ) -> Callable[[Array, Int32[Array, " block_k"]], Int32[Array, " block_k"]]:
     """The function from a sequence and key positions in it to places on the flat key axis."""
@@ -94,79 +127,59 @@ def _slot_lookup(
 
 
 def _attend_tiles(
-    out: Float[Array, "Tpad N H"],
-    lse: Float[Array, "Tpad N"],
-    q: Float[Array, "Tpad N H"],
-    k: Shaped[Array, "slots K H"],
-    v: Shaped[Array, "slots K H"],
+    results: tuple[Float[Array, "Tpad N H"], Float[Array, "Tpad N"]],
     tiles: Tiles,
-    visible: VisibleKeys,
-    spec: AttentionSpec,
-    sinks: Float[Array, " N"] | None,
-    kv_scales: KVScales | None,
-    *,
+    inputs: _Inputs,
     block_k: int,
-    slots_of: Callable,
 ) -> tuple[Float[Array, "Tpad N H"], Float[Array, "Tpad N"]]:
-    """Write the results of one list of tiles into `out` and `lse`."""
-    block_q, (_, N, H), K, G = tiles.block_q, q.shape, spec.num_kv_heads, spec.group_size
-    dtype = softmax_dtype(q.dtype)
-    margin = q.shape[0] - visible.kv_start.shape[0]
-    row_start, row_end = jnp.pad(visible.kv_start, (0, margin)), jnp.pad(visible.kv_end, (0, margin))
+    """Write outputs and log-sum-exp of one list of tiles into the results."""
 
-    def rows(array: Array, start: Array) -> Array:
-        return lax.dynamic_slice_in_dim(array, start, block_q)
-
-    def attend_tile(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        seq, q_start, kv_begin, kv_end = tiles.seq[i], tiles.q_start[i], tiles.kv_start[i], tiles.kv_end[i]
-        in_tile = jnp.arange(block_q, dtype=jnp.int32) < tiles.q_len[i]
-        # Rows of one key head: block_q tokens times the G heads that share it.
-        q_tile = rows(q, q_start).reshape(block_q, K, G, H).transpose(1, 0, 2, 3).reshape(K, block_q * G, H)
-        first = jnp.repeat(jnp.where(in_tile, rows(row_start, q_start), 0), G)
-        end = jnp.repeat(jnp.where(in_tile, rows(row_end, q_start), 0), G)
-
-        def attend_block(j: Array, state: _Softmax) -> _Softmax:
-            positions = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
-            in_range = (positions >= kv_begin) & (positions < kv_end)
-            slots = slots_of(seq, positions)
-            k_block = k.at[slots].get(mode="clip").astype(q.dtype)
-            # Outside the range lies another sequence's key, or NaN: 0 * NaN is NaN.
-            v_block = jnp.where(in_range[:, None, None], v.at[slots].get(mode="clip").astype(q.dtype), 0)
-            scores = product("krh,skh->krs", q_tile, k_block, dtype)
-            scores = scores * spec.softmax_scale
-            if kv_scales is not None:
-                scores = scores * kv_scales.k.astype(dtype)[:, None, None]
-            if spec.logits_soft_cap is not None:
-                scores = spec.logits_soft_cap * jnp.tanh(scores / spec.logits_soft_cap)
-            sees = (first[:, None] <= positions[None, :]) & (positions[None, :] < end[:, None])
-            return _update(state, jnp.where(sees[None], scores, NEG), sees, v_block)
-
-        state = _Softmax(
-            acc=jnp.zeros_like(q_tile, dtype),
-            max=jnp.full_like(q_tile[..., 0], NEG, dtype),
-            total=jnp.zeros_like(q_tile[..., 0], dtype),
-        )
-        if sinks is not None:  # a key that comes first, and whose value is 0
-            sink = jnp.tile(sinks.astype(dtype).reshape(K, G), (1, block_q))
-            state = state._replace(
-                max=jnp.where(first < end, sink, NEG), total=jnp.where(first < end, jnp.ones_like(sink), 0)
-            )
-        state = lax.fori_loop(kv_begin // block_k, (kv_end + block_k - 1) // block_k, attend_block, state)
-        seen = state.total > 0
-        total = jnp.where(seen, state.total, 1)
-        acc = state.acc if kv_scales is None else state.acc * kv_scales.v.astype(dtype)[:, None, None]
-        o_tile = (acc / total[..., None]).reshape(K, block_q, G, H).transpose(1, 0, 2, 3)
-        lse_tile = jnp.where(seen, state.max + jnp.log(total), -jnp.inf)
-        lse_tile = lse_tile.reshape(K, block_q, G).transpose(1, 0, 2).reshape(block_q, N)
-
-        def write(result: Array, tile: Array) -> Array:
-            kept = jnp.where(in_tile.reshape(-1, *[1] * (tile.ndim - 1)), tile, rows(result, q_start))
-            return lax.dynamic_update_slice_in_dim(result, kept, q_start, 0)
-
+    def attend(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        tile = query_tile(tiles, i, inputs.ranges, inputs.spec)
+        state = _walk(tile, inputs, block_k)
         out, lse = results
-        return write(out, o_tile.reshape(block_q, N, H).astype(out.dtype)), write(lse, lse_tile)
+        return tile.write(out, _output(state, inputs)), tile.write(lse, _log_sum_exp(state))
 
-    return lax.fori_loop(0, tiles.num_attending, attend_tile, (out, lse))
+    return lax.fori_loop(0, tiles.num_attending, attend, results)
+
+
+def _walk(tile: QueryTile, inputs: _Inputs, block_k: int) -> _Softmax:
+    """The softmax of a tile over all blocks of keys that it sees."""
+    q = tile.rows_of(inputs.q)
+
+    def add_block(j: Array, state: _Softmax) -> _Softmax:
+        block = key_block(tile, j, block_k)
+        places = inputs.places_of(tile.seq, block.positions)
+        k = inputs.k.at[places].get(mode="clip").astype(q.dtype)
+        v = block.live(inputs.v.at[places].get(mode="clip").astype(q.dtype))
+        return _update(state, _scores(q, k, block, inputs), block.sees, v)
+
+    return lax.fori_loop(*tile.blocks(block_k), add_block, _initial(tile, q, inputs))
+
+
+def _initial(tile: QueryTile, q: Float[Array, "K R H"], inputs: _Inputs) -> _Softmax:
+    """Nothing seen yet but the sink: a key that comes first, and whose value is 0."""
+    dtype = softmax_dtype(q.dtype)
+    acc = jnp.zeros_like(q, dtype)
+    if inputs.sinks is None:
+        return _Softmax(acc, jnp.full_like(q[..., 0], NEG, dtype), jnp.zeros_like(q[..., 0], dtype))
+    sink = inputs.sinks.astype(dtype).reshape(tile.num_kv_heads, tile.group_size)
+    sink = jnp.tile(sink, (1, tile.block_q))
+    sees = tile.first < tile.end
+    return _Softmax(acc, jnp.where(sees, sink, NEG), jnp.where(sees, jnp.ones_like(sink), 0))
+
+
+def _scores(
+    q: Float[Array, "K R H"], k: Float[Array, "S K H"], block: KeyBlock, inputs: _Inputs
+) -> Float[Array, "K R S"]:
+    """Scaled and capped products, `NEG` where a row does not see a key."""
+    dtype, cap = softmax_dtype(q.dtype), inputs.spec.logits_soft_cap
+    scores = product("krh,skh->krs", q, k, dtype) * inputs.spec.softmax_scale
+    if inputs.kv_scales is not None:
+        scores = scores * inputs.kv_scales.k.astype(dtype)[:, None, None]
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    return jnp.where(block.sees[None], scores, NEG)
 
 
 def _update(
@@ -187,8 +200,16 @@ def _update(
     )
 
 
-def product(equation: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
-    """`jnp.einsum`, accumulated in `dtype`."""
-    # Full float32 products: on a GPU the default for float32 rounds to 10 bits of mantissa.
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=dtype)
+def _output(state: _Softmax, inputs: _Inputs) -> Float[Array, "K R H"]:
+    """Weighted means of the values; 0 for a row that sees no key."""
+    total = jnp.where(state.total > 0, state.total, 1)
+    acc = state.acc
+    if inputs.kv_scales is not None:
+        acc = acc * inputs.kv_scales.v.astype(acc.dtype)[:, None, None]
+    return acc / total[..., None]
+
+
+def _log_sum_exp(state: _Softmax) -> Float[Array, "K R"]:
+    """The logarithm of the softmax's denominator; -inf for a row that sees no key."""
+    seen = state.total > 0
+    return jnp.where(seen, state.max + jnp.log(jnp.where(seen, state.total, 1)), -jnp.inf)

@@ -67,7 +67,7 @@ SPECS = (GQA, MQA, SELF_ONLY, WINDOW, TWO_SIDED)
 # To these layers, tiles and blocks are smaller than the batches.
 SMALL_TILES = (MQA, WINDOW)
 _SMALL_TILING = Tiling(short_q=1, long_q=4)
-_SMALL_BLOCKS = {"SHORT_BLOCK_K": 8, "LONG_BLOCK_K": 16, "xla_tiling": lambda spec: _SMALL_TILING}
+_SMALL_BLOCKS = {"BLOCKS_OF_KEYS": (8, 16), "xla_tiling": lambda spec: _SMALL_TILING}
 _SMALL_XLA = dataclasses.replace(CONSUMERS["xla"], tiling=lambda spec: _SMALL_TILING)
 _SMALL_KEY_BLOCK = 16
 _SMALL_TRITON = dataclasses.replace(CONSUMERS["triton_gradient"], key_block=_SMALL_KEY_BLOCK)
