@@ -89,6 +89,7 @@ def test_arrays_are_prompts_too(model, tokens):
 
 
 def test_other_prompts_of_one_bucket_compile_nothing(model, tokens):
+    assert generate(model, PROMPTS, NEW) == tokens
     compiled = set(model.compiled.programs)
     assert generate(model, PROMPTS, NEW - 2) == [t[: NEW - 2] for t in tokens]  # the same quarter step
     assert generate(model, [[2] * 10, [4] * 31, [5], [6] * 15], NEW)
