@@ -18,7 +18,8 @@ CODE = re.compile(r"^```\{code-cell\}.*?^```$", re.MULTILINE | re.DOTALL)
 
 def documented_objects() -> dict[str, object]:
     """What the reference documents, by name: each object, and of each module what its `__all__` lists."""
-    objects, module = {}, ""
+    objects: dict[str, object] = {}
+    module = ""
     for directive in DIRECTIVE.finditer(REFERENCE):
         kind, name = directive[1], directive[2]
         if kind == "currentmodule":
